@@ -72,7 +72,7 @@ class Media(_Model):
     `frame_map[i]` is the source's frame number of stored frame i.
     """
 
-    member: str | None = None
+    member: Annotated[str, Field(max_length=19)] | None = None  # KEY.member fits the 100 characters of a tar name
     path: str | None = None
     kind: Literal["video", "image", "frames"]
     height: Count
