@@ -100,8 +100,8 @@ def make_plan(
     epoch. PlanError for data without a matching conversation, ValueError for impossible sizes or weights other than 1.
     """
     if len(digests) != len(units) or len(weights or digests) != len(digests):
-        sizes = f"{len(digests)} digests, {len(units)} lists of entries, {len(weights or digests)} weights"
-        raise ValueError(f"{sizes}: give one of each per data set")
+        found = f"{len(digests)} digests, {len(units)} lists of entries, {len(weights or digests)} weights"
+        raise ValueError(f"{found}: give one of each per data set")
     if other := [weight for weight in weights or () if weight != 1]:
         raise ValueError(f"weight {other[0]}: each data set is read once per epoch, so every weight must be 1")
     sizes = {"clips_per_pack": clips_per_pack, "packs_per_step": packs_per_step, "max_conversations": max_conversations}

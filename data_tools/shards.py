@@ -227,15 +227,22 @@ class ShardSet:
         """Keys of all samples, in order."""
         return list(self._number)
 
+    def read_member(self, which: int | str, member: str) -> bytes:
+        """Bytes of the member KEY.<member> of a sample by number or key; BadSample for damage."""
+        return self._files.read(self._find(which), member)
+
     def read(self, which: int | str) -> Sample:
         """Sample by number or key; BadSample for damage, KeyError or IndexError if there is none."""
-        entry = self.entries[self._number[which] if isinstance(which, str) else which]
+        entry = self._find(which)
         text = {name: self._files.read(entry, name) for name in ("json", "masks.json") if name in entry.members}
         try:
             record, masks = parse_sample(entry.key, text["json"], text.get("masks.json"))
         except RecordError as error:
             raise BadSample(entry.key, entry.shard, entry.members["json"][0], str(error)) from error
         return Sample(entry.key, record, masks, self._files, entry)
+
+    def _find(self, which: int | str) -> Entry:
+        return self.entries[self._number[which] if isinstance(which, str) else which]
 
 
 class _File:
@@ -326,7 +333,10 @@ def _read_index(tar_path: Path) -> bytes:
     except FileNotFoundError:
         raise ShardError(f"{tar_path}: its index {path.name} is missing; {remedy}") from None
     size = tar_path.stat().st_size
-    header = json.loads(text[: text.find(b"\n") + 1] or b"null")
+    try:
+        header = json.loads(text.partition(b"\n")[0])
+    except ValueError as error:
+        raise ShardError(f"{path}: its header is damaged ({error}); {remedy}") from error
     expected = {"version": INDEX_VERSION, "shard": tar_path.name, "size": size}
     if header != expected:
         raise ShardError(f"{path}: its header is {header}, the tar needs {expected}; copy the tar again or {remedy}")

@@ -1,0 +1,155 @@
+"""Commands `swim data ...`: make, convert, index, check and show shards."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from swim.data_tools.records import record_schema
+from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, index_shard
+from swim.data_tools.sources.nl_refer import SKIPPED_FILE, convert_nl_refer
+from swim.data_tools.synth import synthesise
+from swim.data_tools.video import VideoError, decode_frames, probe
+
+app = typer.Typer(no_args_is_help=True, help="Make, convert, index, check and show shards.")
+convert = typer.Typer(no_args_is_help=True, help="Convert a data set to shards.")
+app.add_typer(convert, name="convert")
+
+Out = Annotated[Path, typer.Option("--out", help="Folder for the shards.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of shards.")]
+
+
+def _one_message(command: Callable[..., None]) -> Callable[..., None]:
+    """Print what is wrong with the user's data as one message and exit with 2; other errors keep their traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (ValueError, OSError, BadSample) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+    return run
+
+
+@app.command()
+@_one_message
+def synth(
+    out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
+    clips: Annotated[int, typer.Option(help="Number of clips.")] = 100,
+    seed: Annotated[int, typer.Option(help="Clip n depends on the seed and n alone.")] = 0,
+    size: Annotated[int, typer.Option(help="Height and width in pixels.")] = 112,
+    frames: Annotated[int, typer.Option(help="Frames per clip.")] = 8,
+    fps: Annotated[float, typer.Option(help="Frames per second.")] = 8,
+    objects: Annotated[int, typer.Option(help="Shapes per clip.")] = 3,
+    hidden: Annotated[float, typer.Option(help="Share of the shapes that are away for a part of the clip.")] = 0.1,
+) -> None:
+    """Render moving shapes with exact masks and questions about them."""
+    shards = synthesise(out, clips=clips, seed=seed, size=size, frames=frames, fps=fps, objects=objects, hidden=hidden)
+    print(f"{len(shards)} clips in {out}, digest {shards.digest[:12]}")
+
+
+@convert.command("nl-refer")
+@_one_message
+def nl_refer(
+    json_path: Annotated[Path, typer.Argument(metavar="JSON", help="NL-Refer file, one JSON array.")],
+    video_root: Annotated[Path, typer.Option(help="Folder that the records' 'video' paths start from.")],
+    out: Out,
+    license: Annotated[str, typer.Option(help="Licence to note in every record.")] = "unknown",
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any record was skipped.")] = False,
+) -> None:
+    """Convert an NL-Refer file and its videos."""
+    summary = convert_nl_refer(json_path, video_root, out, license=license)
+    print(f"{summary.kept} records kept in {summary.clips} clips, {summary.skipped} skipped")
+    if summary.skipped:
+        print(f"reasons: {out / SKIPPED_FILE}")
+    if not summary.kept or (strict and summary.skipped):
+        raise typer.Exit(1)
+
+
+@app.command()
+@_one_message
+def index(folder: Folder) -> None:
+    """Write the index of every tar in a folder anew."""
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise ShardError(f"{folder}: no *.tar found; give a folder of shards")
+    for path in _progress(paths, "indexing"):
+        print(index_shard(path))
+
+
+@app.command()
+@_one_message
+def check(folder: Folder) -> None:
+    """Read every byte of every sample, check the records, decode first and last frames; exit with 1 if any is bad."""
+    shards = ShardSet(folder)
+    bad = 0
+    for number, entry in enumerate(_progress(shards.entries, "checking")):
+        try:
+            for member in entry.members:
+                shards.read_member(number, member)
+            _check_media(shards.read(number))
+        except (BadSample, VideoError) as error:
+            bad += 1
+            print(error if isinstance(error, BadSample) else f"sample {entry.key!r} in {entry.shard}: {error}")
+    print(f"{len(shards) - bad} good samples, {bad} bad")
+    if bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+@_one_message
+def show(
+    folder: Folder, key: Annotated[str | None, typer.Argument(help="Sample; the first if left out.")] = None
+) -> None:
+    """Print what is said about a clip."""
+    shards = ShardSet(folder)
+    if key is not None and key not in shards.keys():  # noqa: SIM118 - a ShardSet is no mapping
+        raise ShardError(f"{folder}: no sample {key!r} among {len(shards)}; the first is {shards.entries[0].key!r}")
+    sample = shards.read(0 if key is None else key)
+    record = sample.record
+    # Strings from data are printed by repr: a terminal must not obey what they hold.
+    print(f"{sample.key}  source {record.source!r}, licence {record.license!r}")
+    for media in record.media:
+        size = f"{media.num_frames} frames of {media.height}x{media.width} at {media.fps:g}/s"
+        print(f"{media.kind} {media.member or media.path!r}: {size}")
+    for thing in record.objects:
+        frames = sample.masks.get(thing.id, {}).values()
+        absent = sum(rle is None for rle in frames)
+        print(f"object {thing.id!r} {thing.label!r}: masks in {len(frames) - absent} frames, absent in {absent}")
+    for number, conversation in enumerate(record.conversations):
+        print(f"#{number} {conversation.task!r}" + (f" frames {conversation.span}" if conversation.span else ""))
+        for turn in conversation.turns:
+            print(f"  {turn.role}: {turn.text!r}")
+            for mention in turn.mentions:
+                noun = turn.text[mention.start : mention.end]
+                print(f"    {mention.kind} {noun!r} [{mention.start}, {mention.end}) -> {mention.object_ids}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a record, with that of the masks layer in $defs."""
+    print(record_schema(), end="")
+
+
+def _check_media(sample: Sample) -> None:
+    for i, media in enumerate(sample.record.media):
+        data = sample.media(i)
+        if media.kind == "video":
+            info, stated = probe(data), (media.height, media.width, media.num_frames)
+            found = (info.height, info.width, info.num_frames)
+            if found != stated:
+                problem = f"media[{i}] has (height, width, frames) {found}, its record says {stated}"
+                raise VideoError(f"{problem}; correct the record")
+        decode_frames(data, [0, media.num_frames - 1] if media.kind == "video" else [0])
+
+
+def _progress(items: list[Any], what: str) -> Any:
+    console = Console(stderr=True)
+    return track(items, what, console=console, disable=not console.is_terminal)
