@@ -1,0 +1,258 @@
+"""The run configuration: one YAML file, one pydantic model, one line of documentation per field.
+
+`load_config(path, ["optim.lr=1e-4"])` reads a recipe and applies overrides; an unknown key is an error that names the nearest
+known one. Each system adds a section of its own under `system`, validated by that system's `Config`.
+"""
+
+import difflib
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration cannot be used; the message names file, field, value and remedy."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: unknown keys are errors, field docstrings are the documentation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RunConfig(Section):
+    """Where the run writes and how long it goes on."""
+
+    name: str = "run"
+    """Name of the run; its folder is `output`/`name`."""
+    output: Path = Path("runs")
+    """Folder that holds the run folders."""
+    seed: int = 0
+    """Seed of initialisation and order."""
+    steps: int = Field(gt=0)
+    """Optimizer steps."""
+    save_every: int = Field(0, ge=0)
+    """Steps between checkpoints; 0 saves at the end only."""
+    log_every: int = Field(1, gt=0)
+    """Steps between lines of metrics.jsonl."""
+    stop_after: int | None = Field(None, gt=0)
+    """End with a checkpoint after this step, as if interrupted; the schedule still counts `steps`."""
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.output / self.name
+
+
+class TokenizerConfig(Section):
+    """A small byte-level BPE trained on the fly, for models built from a config."""
+
+    corpus: Literal["synth"] = "synth"
+    """Sentences it is trained on."""
+    vocab_size: int = Field(512, ge=300)
+    """Entries, special tokens included."""
+
+
+class ModelConfig(Section):
+    """The stock model: pretrained weights at `path`, or random weights for an inline `config`."""
+
+    path: str | None = None
+    """Hub id or local folder of a pretrained model, processor and tokenizer."""
+    config: dict[str, Any] | None = None
+    """Inline transformers config (with `model_type`) of a model with random weights."""
+    tokenizer: TokenizerConfig | None = None
+    """Tokenizer of a model built from `config`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations."""
+    attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """Attention backend of the text model; the vision tower uses sdpa or the same flash."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass (always non-reentrant)."""
+    freeze: list[str] = []
+    """Regular expressions; a parameter whose name one of them matches anywhere is not trained."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelConfig":
+        if (self.path is None) == (self.config is None):
+            raise ValueError("give exactly one of model.path (pretrained) and model.config (random weights)")
+        if (self.config is None) != (self.tokenizer is None):
+            raise ValueError("model.tokenizer belongs to model.config: give both or neither")
+        return self
+
+
+class SynthConfig(Section):
+    """Synthetic clips, rendered into `data.train` by the first rank when that folder is not there yet."""
+
+    clips: int = Field(gt=0)
+    """Number of clips."""
+    seed: int = 0
+    """Seed of the clips."""
+    size: int = 112
+    """Side of a frame in pixels."""
+
+
+class DataConfig(Section):
+    """What is trained on and how it becomes batches."""
+
+    train: list[Path] = Field(min_length=1)
+    """Shard folders."""
+    synth: SynthConfig | None = None
+    """How to render `train` if it is missing."""
+    tasks: list[str] | None = None
+    """Tasks to keep; null keeps all."""
+    max_conversations: int | None = Field(None, gt=0)
+    """Conversations drawn per clip and epoch; null takes all."""
+    clips_per_pack: int = Field(1, gt=0)
+    """Clips in a micro-batch, with all their chosen conversations."""
+    packs_per_step: int = Field(1, gt=0)
+    """Micro-batches of an optimizer step over all ranks."""
+    num_frames: int = Field(32, gt=0)
+    """Frames sampled per clip."""
+    frame_sampling: Literal["annotated", "uniform"] = "annotated"
+    """Uniform segments; `annotated` moves each to the nearest frame with a mask in its segment."""
+    min_pixels: int = Field(28 * 28 * 4, gt=0)
+    """Smallest resized frame in pixels."""
+    max_pixels: int = Field(28 * 28 * 768, gt=0)
+    """Largest resized frame in pixels."""
+    workers: int = Field(0, ge=0)
+    """Loader processes per rank."""
+    max_bad: int = Field(100, ge=0)
+    """Unreadable samples per rank after which the run stops."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW coefficients."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decay of parameters with two or more dimensions."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up, down to `min_lr_ratio`."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+    clip: float = Field(1.0, ge=0)
+    """Gradient norm limit; 0 switches clipping off."""
+
+
+class LaunchConfig(Section):
+    """How the run is started."""
+
+    ranks: int | None = Field(None, gt=0)
+    """Processes on this node; null: one per GPU, or one on a CPU. The `deepspeed --num_gpus` form has its own count."""
+
+
+class Config(Section):
+    """A complete run."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    launch: LaunchConfig = LaunchConfig()
+    deepspeed: str = "zero3_cpu"
+    """A file of ds_configs/ by name, or a path to a DeepSpeed JSON file."""
+    system: dict[str, Any]
+    """`name` of a folder under train/systems and that system's own fields."""
+
+    @field_validator("system")
+    @classmethod
+    def _known_system(cls, value: dict[str, Any]) -> dict[str, Any]:
+        known = sorted(p.name for p in (Path(__file__).parent / "systems").iterdir() if (p / "model.py").exists())
+        if value.get("name") not in known:
+            raise ValueError(f"system.name is {value.get('name')!r}; known systems: {', '.join(known)}")
+        # Kept as plain data: the schema of a system is that system's business, this file knows none by name.
+        section = importlib.import_module(f"swim.train.systems.{value['name']}.config").Config
+        fields = {key: item for key, item in value.items() if key != "name"}
+        try:
+            return {"name": value["name"], **section.model_validate(fields).model_dump(mode="json")}
+        except ValidationError as error:
+            raise ValueError(_explain(error, section, ("system",))) from None
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe (a path, or the name of a file in recipes/) and apply `section.key=value` overrides; ConfigError if unusable."""
+    file = _find(path)
+    try:
+        data = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: holds {type(data).__name__}, not sections of a run; see recipes/tiny_cpu.yaml")
+    for override in overrides:
+        _apply(data, override)
+    return parse_config(data, source=str(path))
+
+
+def parse_config(data: dict[str, Any], *, source: str) -> Config:
+    """Config from plain data; ConfigError names `source`, the field, the value and the nearest known key."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: {_explain(error, Config)}") from None
+
+
+def _find(path: str | Path) -> Path:
+    recipes = Path(__file__).resolve().parent.parent / "recipes"
+    candidates = [Path(path), recipes / f"{path}", recipes / f"{path}.yaml", recipes.parent / path]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(p.stem for p in recipes.glob("*.yaml")))
+    raise ConfigError(f"{path}: no such recipe; give a YAML file or one of: {known}")
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    *sections, last = key.split(".")
+    if not separator or not all([*sections, last]):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    for section in sections:
+        if data.get(section) is None:
+            data[section] = {}
+        data = data[section]
+        if not isinstance(data, dict):
+            raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
+    # YAML reads 1e-4 as a string (it wants 1.0e-4); JSON numbers are what people type.
+    parsed = yaml.safe_load(value)
+    try:
+        data[last] = float(parsed) if isinstance(parsed, str) and parsed[:1] in "-+.0123456789" else parsed
+    except ValueError:
+        data[last] = parsed
+
+
+def _explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...] = ()) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        where = ".".join(map(str, (*prefix, *item["loc"]))) or "configuration"
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(model, item["loc"][:-1])
+            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"{where}: unknown key; {hint}")
+        elif item["type"] == "missing":
+            lines.append(f"{where}: missing; give a value")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            shown = "" if message.startswith(where) or isinstance(item["input"], dict) else f", got {item['input']!r:.80}"
+            lines.append(message if message.startswith(("system", "model.", "give")) else f"{where}: {message}{shown}")
+    return "\n".join(lines)
+
+
+def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    for part in location:
+        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        inner = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if inner is None:
+            break
+        model = inner
+    return list(model.model_fields)

@@ -1,0 +1,83 @@
+"""What the loop asks of a system: batches, a model, loss terms, predictions. The loop knows nothing else about any of them."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from swim.data_tools.shards import Sample
+from swim.train.batch import Batch, Hole
+from swim.train.config import Config
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of the loss: the sum over this micro-batch; the loop divides by the whole step's count of the same name."""
+
+    sum: Tensor
+    weight: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the run is: optimizer step from 0, and the number of steps."""
+
+    step: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sample with the conversations chosen from it, as the plan wants it."""
+
+    sample: Sample
+    conversations: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Terms to train on, and scalars to log as they are (means over ranks)."""
+
+    terms: dict[str, Term]
+    scalars: dict[str, Tensor | float] = field(default_factory=dict)
+
+
+class Collator(Protocol):
+    """Makes a batch in a loader worker: picklable, no parameters."""
+
+    def __call__(self, requests: Sequence[Request], holes: Sequence[Hole] = ()) -> Batch:
+        """One micro-batch; what cannot be read becomes a hole, never a substitute."""
+        ...
+
+
+class System(Protocol):
+    """A training method, built from the whole config by `systems/<name>/model.py:build`."""
+
+    collator: Collator
+
+    def build_model(self) -> nn.Module:
+        """The model to be wrapped by the engine (under ZeRO-3 its parameters are partitioned as they are made)."""
+        ...
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Optimizer groups of the trainable parameters."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch, progress: Progress) -> Loss:
+        """Forward pass and unnormalised loss terms of one micro-batch."""
+        ...
+
+    def after_backward(self) -> dict[str, float]:
+        """Numbers that exist only after the backward pass of the last micro-batch (sums over micro-batches)."""
+        ...
+
+    def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:
+        """One prediction per conversation, in the form `swim.evaluation` reads."""
+        ...
+
+
+def build_system(config: Config) -> System:
+    """The system that `config.system` names."""
+    return importlib.import_module(f"swim.train.systems.{config.system['name']}.model").build(config)

@@ -1,0 +1,175 @@
+"""SWIM's batches: decoded clips, mask coverage on the token grid, and which softmax of which noun carries a loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pycocotools import mask as coco
+from torch import Tensor
+
+from swim.data_tools.records import Masks, RecordError, Rle
+from swim.data_tools.rle import cell_coverage
+from swim.data_tools.shards import BadSample, Sample
+from swim.data_tools.video import VideoError, choose_frames, decode_frames
+from swim.kernels.noun_attention import Scope
+from swim.train.batch import Batch, Clip, ConversationEncoder, Encoded, Hole, Noun, pad_batch
+from swim.train.config import DataConfig
+from swim.train.preprocess import Geometry, patchify
+from swim.train.system import Request
+
+
+@dataclass
+class Targets:
+    """Supervised cells, unit by unit (see kernels/mask_loss.py); cells index the nouns' maps laid one behind the other."""
+
+    cells: Tensor  # (Y,) int64
+    coverage: Tensor  # (Y,) fp32
+    unit_lengths: Tensor  # (U,) int64
+    unit_weights: Tensor  # (U,) fp32, 1 / units of the noun
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
+        """Copy on `device`."""
+        tensors = (self.cells, self.coverage, self.unit_lengths, self.unit_weights)
+        return Targets(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
+
+
+@dataclass
+class SwimBatch(Batch):
+    """A batch with mask targets; `coverages` holds per noun the (h, w) coverage of each step, None where not annotated."""
+
+    targets: Targets | None = None
+    coverages: tuple[tuple[np.ndarray | None, ...], ...] = ()
+
+
+class SwimCollator:
+    """Requests in, one padded batch out; reading, decoding and mask work happen here, in the loader's worker."""
+
+    def __init__(
+        self, encoder: ConversationEncoder, geometry: Geometry, data: DataConfig, scope: Scope, pad_token: int
+    ) -> None:
+        self.encoder, self.geometry, self.data, self.scope, self.pad_token = encoder, geometry, data, scope, pad_token
+
+    def __call__(self, requests: Sequence[Request], holes: Sequence[Hole] = ()) -> SwimBatch:
+        """Padded batch of all conversations; a clip that cannot be read or encoded becomes one hole per conversation."""
+        rows: list[tuple[str, Encoded, Clip | None]] = []
+        masks: list[Masks] = []
+        holes = list(holes)
+        for request in requests:
+            try:
+                clip = self.load_clip(request.sample)
+                num_tokens = int(np.prod(clip.grid)) if clip is not None else 0
+                new = [
+                    (name, self.encoder(request.sample.record.conversations[i], name=name, num_video_tokens=num_tokens), clip)
+                    for i in request.conversations
+                    for name in [f"{request.sample.key}#{i}"]
+                ]
+            except (BadSample, VideoError, RecordError) as error:
+                shard, offset = (error.shard, error.offset) if isinstance(error, BadSample) else ("", 0)
+                holes += [Hole(f"{request.sample.key}#{i}", shard, offset, str(error)) for i in request.conversations]
+                continue
+            rows += new
+            masks += [request.sample.masks] * len(new)
+        special = self.encoder.special
+        batch = pad_batch(
+            rows, special=special, geometry=self.geometry, scope=self.scope, pad_token=self.pad_token, holes=holes
+        )
+        coverages = tuple(self._coverages(noun, masks[noun.row], batch.clips[noun.row]) for noun in batch.nouns)
+        grids = [clip.grid for noun in batch.nouns if (clip := batch.clips[noun.row]) is not None]
+        targets, counts = build_targets(coverages, [height * width for _, height, width in grids], self.scope)
+        fields = {**batch.__dict__, "counts": {**batch.counts, **counts}}
+        return SwimBatch(**fields, targets=targets, coverages=coverages)
+
+    def load_clip(self, sample: Sample) -> Clip | None:
+        """Decode and patchify the clip's sampled frames; None for a record without media. BadSample or VideoError if unreadable."""
+        if not sample.record.media:
+            return None
+        media = sample.record.media[0]
+        annotated = None
+        if self.data.frame_sampling == "annotated":
+            annotated = sorted({frame for frames in sample.masks.values() for frame in frames})
+        per_step = self.geometry.temporal_patch_size
+        chosen = choose_frames(media.num_frames, self.data.num_frames, annotated)
+        pixels = decode_frames(sample.media(), chosen)
+        if pixels.shape[1:3] != (media.height, media.width):
+            raise VideoError(
+                f"video of {sample.key} has frames of {pixels.shape[2]}x{pixels.shape[1]} pixels, its record says "
+                f"{media.width}x{media.height}; correct the record"
+            )
+        patches, (steps, rows, columns) = patchify(
+            pixels, self.geometry, min_pixels=self.data.min_pixels, max_pixels=self.data.max_pixels
+        )
+        merge = self.geometry.merge_size
+        spacing = (chosen[-1] - chosen[0]) / max(len(chosen) - 1, 1) or 1.0
+        return Clip(
+            key=sample.key,
+            patches=patches,
+            grid=(steps, rows // merge, columns // merge),
+            frames=[chosen[t * per_step : (t + 1) * per_step] for t in range(steps)],
+            seconds_per_step=per_step * spacing / media.fps,
+        )
+
+    def _coverages(self, noun: Noun, masks: Masks, clip: Clip | None) -> tuple[np.ndarray | None, ...]:
+        assert clip is not None  # only rows with a clip own nouns
+        return tuple(step_coverage(noun.object_ids, masks, frames, clip.grid[1:]) for frames in clip.frames)
+
+
+def step_coverage(
+    object_ids: Sequence[str], masks: Masks, frames: Sequence[int], grid: tuple[int, int]
+) -> np.ndarray | None:
+    """Mean coverage (h, w) of the step's annotated frames by the union of the objects; None if no frame is annotated.
+
+    A frame counts as annotated when every one of the objects is; an absent object covers nothing.
+    """
+    annotated = [f for f in dict.fromkeys(frames) if all(f in masks.get(name, {}) for name in object_ids)]
+    if not annotated:
+        return None
+    total = np.zeros(grid)
+    for frame in annotated:
+        present = [rle for name in object_ids if (rle := masks[name][frame]) is not None]
+        if present:
+            total += cell_coverage(_union(present), grid)
+    return total / len(annotated)
+
+
+def _union(rles: Sequence[Rle]) -> Rle:
+    if len(rles) == 1:
+        return rles[0]
+    merged = coco.merge([{"size": list(rle.size), "counts": rle.counts.encode("ascii")} for rle in rles])
+    return Rle(size=rles[0].size, counts=merged["counts"].decode("ascii"))
+
+
+def build_targets(
+    coverages: Sequence[Sequence[np.ndarray | None]], cells_per_step: Sequence[int], scope: Scope
+) -> tuple[Targets, dict[str, float]]:
+    """Loss units of all nouns, with counts: supervised nouns (`mask`), all nouns, and steps absent or not annotated.
+
+    Frame scope: one unit per step that shows the object; an absent step has none, a softmax cannot be zero. Clip scope: one
+    unit over all annotated steps, absent ones with target zero. A noun never seen has no unit.
+    """
+    cells, values, lengths, weights = [], [], [], []
+    counts = {"mask": 0.0, "nouns": float(len(coverages)), "absent_steps": 0.0, "unannotated_steps": 0.0}
+    first = 0
+    for steps, size in zip(coverages, cells_per_step):
+        known = [(t, c) for t, c in enumerate(steps) if c is not None]
+        shown = [(t, c) for t, c in known if c.any()]
+        counts["unannotated_steps"] += len(steps) - len(known)
+        counts["absent_steps"] += len(known) - len(shown)
+        units = [] if not shown else [[step] for step in shown] if scope == "frame" else [known]
+        for unit in units:
+            cells += [first + t * size + np.arange(size) for t, _ in unit]
+            values += [c.reshape(-1) for _, c in unit]
+            lengths.append(size * len(unit))
+            weights.append(1 / len(units))
+        counts["mask"] += bool(units)
+        first += size * len(steps)
+    return (
+        Targets(
+            cells=torch.from_numpy(np.concatenate(cells) if cells else np.zeros(0, dtype=np.int64)),
+            coverage=torch.from_numpy(np.concatenate(values) if values else np.zeros(0)).float(),
+            unit_lengths=torch.tensor(lengths, dtype=torch.int64),
+            unit_weights=torch.tensor(weights, dtype=torch.float32),
+        ),
+        counts,
+    )
+

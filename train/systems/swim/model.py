@@ -1,0 +1,183 @@
+"""SWIM as a system: a stock video LLM, the capture attention function, the objective and its predictions."""
+
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+
+from swim.train.attention import MODEL_KWARG, Capture, enable_checkpointing, register_capture
+from swim.train.batch import Batch, ConversationEncoder, SpecialTokens
+from swim.train.config import Config
+from swim.train.preprocess import Geometry
+from swim.train.system import Loss, Progress, Request
+from swim.train.systems.swim.config import Config as SwimConfig
+from swim.train.systems.swim.data import SwimBatch, SwimCollator
+from swim.train.systems.swim.objective import noun_maps, swim_loss
+from swim.train.tokenizer import control_token_fields, load_tokenizer, train_tokenizer
+
+MAX_ANSWER_TOKENS = 64
+
+
+class SwimSystem:
+    """Builds the model and its batches, turns batches into loss terms and samples into predictions."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.options = SwimConfig.model_validate({k: v for k, v in config.system.items() if k != "name"})
+        model = config.model
+        if model.path is not None:
+            self.tokenizer = load_tokenizer(model.path)
+            self.model_config = AutoConfig.from_pretrained(model.path)
+        else:
+            assert model.tokenizer is not None and model.config is not None
+            self.tokenizer = train_tokenizer(model.tokenizer)
+            self.model_config = _inline_config(model.config, self.tokenizer)
+        self._check_layers()
+        encoder = ConversationEncoder(self.tokenizer, SpecialTokens.of(self.model_config))
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        geometry = Geometry.of(self.model_config)
+        self.collator = SwimCollator(encoder, geometry, config.data, self.options.softmax_scope, pad)
+        self._captures: list[Capture] = []
+
+    def build_model(self) -> nn.Module:
+        """The stock model with capture registered, checkpointing and frozen parameters set."""
+        source, dtype = self.config.model, getattr(torch, self.config.model.dtype)
+        vision = "sdpa" if source.attention == "sdpa" else source.attention
+        attention = {"text_config": source.attention, "vision_config": vision}
+        if source.path is not None:
+            model = AutoModelForImageTextToText.from_pretrained(source.path, dtype=dtype, attn_implementation=attention)
+        else:
+            torch.manual_seed(self.config.run.seed)
+            model = AutoModelForImageTextToText.from_config(self.model_config, dtype=dtype, attn_implementation=attention)
+        register_capture(model)
+        if source.checkpointing:
+            enable_checkpointing(model)
+        for pattern in source.freeze:
+            matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
+            if not matched:
+                raise ValueError(f"model.freeze: {pattern!r} matches no parameter; names look like {next(model.named_parameters())[0]!r}")
+            for parameter in matched:
+                parameter.requires_grad_(False)
+        return model
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Trainable parameters, decayed when they are matrices."""
+        # ZeRO-3 partitions are flat: the number of dimensions is that of the whole parameter.
+        trained = [p for p in model.parameters() if p.requires_grad]
+        matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+        vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
+        groups = [{"params": matrices, "weight_decay": self.config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    def loss(self, model: nn.Module, batch: Batch, progress: Progress) -> Loss:
+        """Text and mask terms of one micro-batch."""
+        assert isinstance(batch, SwimBatch)
+        every = self.options.gradient_every
+        loss, capture = swim_loss(model, batch, self.options, measure=every > 0 and progress.step % every == 0)
+        if capture.measure:
+            self._captures.append(capture)
+        return loss
+
+    def after_backward(self) -> dict[str, float]:
+        """Squared gradient norms of the mask loss alone at q and k of each supervised layer, when they were measured."""
+        squares: dict[str, float] = {}
+        for capture in self._captures:
+            for layer in capture.layers:
+                q, k = capture.gradient_squares.get(layer, torch.zeros(2)).tolist()
+                squares[f"mask_grad/q{layer}"] = squares.get(f"mask_grad/q{layer}", 0.0) + q
+                squares[f"mask_grad/k{layer}"] = squares.get(f"mask_grad/k{layer}", 0.0) + k
+        self._captures.clear()
+        return squares
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:
+        """Free answer and teacher-forced noun maps per conversation, in the form `swim.evaluation` reads."""
+        batch = self.collator([request])
+        failed = [{"id": hole.id, "clip": request.sample.key, "error": hole.reason} for hole in batch.holes]
+        if not batch.ids:
+            return failed
+        batch = batch.to(next(model.parameters()).device)
+        capture = Capture(batch.table, tuple(self.options.layers), detach=True)
+        model(**batch.inputs, use_cache=False, logits_to_keep=1, **{MODEL_KWARG: capture})
+        maps = noun_maps(capture.maps(), batch)
+        answers = self._answers(model, batch)
+        predictions = []
+        for row, (name, number) in enumerate(zip(batch.ids, request.conversations)):
+            conversation = request.sample.record.conversations[number]
+            predictions.append(
+                {
+                    "id": name,
+                    "clip": request.sample.key,
+                    "task": conversation.task,
+                    "prompt": next((turn.text for turn in reversed(conversation.turns) if turn.role == "user"), ""),
+                    "target": conversation.turns[-1].text,
+                    "answer": answers[row],
+                    "nouns": [self._noun(batch, i, maps[i]) for i, noun in enumerate(batch.nouns) if noun.row == row],
+                }
+            )
+        return failed + predictions
+
+    def _noun(self, batch: SwimBatch, number: int, flat: Tensor) -> dict[str, Any]:
+        noun = batch.nouns[number]
+        clip = batch.clips[noun.row]
+        assert clip is not None
+        return {
+            "text": noun.text,
+            "turn": noun.turn,
+            "start": noun.start,
+            "end": noun.end,
+            "object_ids": list(noun.object_ids),
+            "grid": list(clip.grid),
+            "frames": clip.frames,
+            "map": flat.view(clip.grid).tolist(),
+            "coverage": [None if c is None else np.round(c, 6).tolist() for c in batch.coverages[number]],
+        }
+
+    def _answers(self, model: nn.Module, batch: Batch) -> list[str]:
+        """Greedy answers by the stock `generate`; prompts are the training prompts, left-padded."""
+        rows, longest = len(batch.ids), max(batch.prompt_lengths)
+        ids = torch.full((rows, longest), self.collator.pad_token, device=batch.inputs["input_ids"].device)
+        types, mask = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, length in enumerate(batch.prompt_lengths):
+            for padded, source in ((ids, "input_ids"), (types, "mm_token_type_ids"), (mask, "attention_mask")):
+                padded[row, longest - length :] = batch.inputs[source][row, :length]
+        clips = [clip for clip in batch.clips if clip is not None]
+        visual = {
+            "pixel_values_videos": batch.inputs["pixel_values_videos"],
+            "video_grid_thw": batch.inputs["video_grid_thw"],
+            "second_per_grid_ts": torch.tensor([clip.seconds_per_step for clip in clips]),
+            "mm_token_type_ids": types,
+        }
+        tokens = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            **(visual if clips else {}),
+            generation_config=GenerationConfig(
+                max_new_tokens=MAX_ANSWER_TOKENS,
+                do_sample=False,
+                pad_token_id=self.collator.pad_token,
+                eos_token_id=self.tokenizer.eos_token_id,
+            ),
+        )
+        return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)]
+
+    def _check_layers(self) -> None:
+        num_layers = self.model_config.get_text_config().num_hidden_layers
+        if outside := [layer for layer in self.options.layers if not 0 <= layer < num_layers]:
+            raise ValueError(f"system.layers: {outside} are not layers of this model; it has 0 to {num_layers - 1}")
+
+
+def _inline_config(fields: dict[str, Any], tokenizer: Any) -> Any:
+    control = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    text = {**fields.get("text_config", {}), "vocab_size": len(tokenizer), **control}
+    vision = {**fields.get("vision_config", {}), "out_hidden_size": text.get("hidden_size")}
+    known = {**{k: v for k, v in fields.items() if k != "model_type"}, **control_token_fields(tokenizer)}
+    return AutoConfig.for_model(fields["model_type"], **{**known, "text_config": text, "vision_config": vision})
+
+
+def build(config: Config) -> SwimSystem:
+    """The SWIM system of a run."""
+    return SwimSystem(config)
