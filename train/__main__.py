@@ -1,0 +1,60 @@
+"""The training program: `python -m swim.train [--config RECIPE] [section.key=value ...]`, started once per rank."""
+
+import os
+import sys
+
+DEFAULT_RECIPE = "tiny_cpu"
+USAGE = "usage: deepspeed launch/train.sh [--config RECIPE] [section.key=value ...]"
+
+
+def parse_arguments(arguments: list[str]) -> tuple[str, list[str]]:
+    """Recipe and overrides; SystemExit with the usage for anything else. Launchers add --local_rank=N, which is dropped."""
+    recipe, overrides = DEFAULT_RECIPE, []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("-h", "--help"):
+            print(USAGE)
+            raise SystemExit(0)
+        if argument == "--config":
+            recipe = next(rest, "")
+        elif argument.startswith("--config="):
+            recipe = argument.removeprefix("--config=")
+        elif argument.startswith("--local_rank") or argument.startswith("--local-rank"):
+            if "=" not in argument:
+                next(rest, None)
+        elif argument.startswith("-") or "=" not in argument:
+            raise SystemExit(f"unknown argument {argument!r}\n{USAGE}")
+        else:
+            overrides.append(argument)
+    if not recipe:
+        raise SystemExit(f"--config needs a recipe\n{USAGE}")
+    return recipe, overrides
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, check and train; a mistake of the user ends in one clear message and exit code 2."""
+    recipe, overrides = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    from swim.train.config import ConfigError, load_config
+
+    try:
+        config = load_config(recipe, overrides)
+        from swim.data_tools.plan import PlanError
+        from swim.data_tools.shards import ShardError
+        from swim.train.checkpoint import CheckpointError
+        from swim.train.loop import TrainingError, train
+    except ConfigError as error:
+        raise SystemExit(_explain(error)) from None
+    try:
+        train(config)
+    except (ConfigError, ShardError, PlanError, CheckpointError, TrainingError) as error:
+        raise SystemExit(_explain(error)) from None
+
+
+def _explain(error: Exception) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

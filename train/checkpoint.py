@@ -1,0 +1,116 @@
+"""Checkpoints that are complete or have no name: hidden folder, barrier, manifest with hashes, rename.
+
+DeepSpeed alone writes files under their final names and a `latest` that can point at half of them. Its state files are pickles:
+they are loaded only from a folder whose manifest verifies.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from swim import __version__
+from swim.data_tools.plan import PlanState
+from swim.train.world import World
+
+MANIFEST = "manifest.json"
+_NAME = re.compile(r"step_(\d{8})")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged or does not fit; the message names file, value and remedy."""
+
+
+def save_checkpoint(engine: Any, folder: Path, step: int, state: PlanState, world: World) -> Path:
+    """Write `folder`/step_XXXXXXXX: engine state, order and random state of every rank; returns its path on all ranks."""
+    hidden, final = folder / f".incoming_{step:08d}", folder / f"step_{step:08d}"
+    if world.is_main:
+        shutil.rmtree(hidden, ignore_errors=True)
+        hidden.mkdir(parents=True)
+    world.barrier()
+    engine.save_checkpoint(str(folder), tag=hidden.name, save_latest=False)
+    save_file({"cpu": torch.get_rng_state()}, hidden / f"rng_rank{world.rank:05d}.safetensors")
+    world.barrier()
+    if world.is_main:
+        files = {str(path.relative_to(hidden)): _digest(path) for path in sorted(hidden.rglob("*")) if path.is_file()}
+        manifest = {"version": __version__, "step": step, "world": world.size, "plan": asdict(state), "files": files}
+        (hidden / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for path in hidden.rglob("*"):
+            if path.is_file():
+                _sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(hidden, final)
+        _sync(folder)
+    world.barrier()
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The complete checkpoint with the highest step, if there is one."""
+    named = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and (path / MANIFEST).exists()]
+    return max(named, default=None)
+
+
+def load_checkpoint(engine: Any, path: Path, world: World) -> PlanState:
+    """Verify `path` and load it into the engine; CheckpointError if a file is missing, changed, or from another world size."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    problems: list[str] = []
+    if world.is_main:
+        problems = [
+            f"{name} is {'missing' if not (path / name).exists() else 'not what was written'}"
+            for name, digest in manifest["files"].items()
+            if not (path / name).exists() or _digest(path / name) != digest
+        ]
+    if problems := world.gather(problems)[0]:
+        raise CheckpointError(f"{path}: {'; '.join(problems)}: delete this folder to resume from the one before it")
+    if manifest["world"] != world.size:
+        raise CheckpointError(
+            f"{path}: written by {manifest['world']} ranks, this run has {world.size}; start it with {manifest['world']} ranks"
+        )
+    loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
+    if loaded is None:
+        raise CheckpointError(f"{path}: the engine found no state in it; delete this folder to resume from the one before it")
+    from safetensors.torch import load_file
+
+    torch.set_rng_state(load_file(path / f"rng_rank{world.rank:05d}.safetensors")["cpu"])
+    return PlanState(**manifest["plan"])
+
+
+def save_model(engine: Any, folder: Path, tokenizer: Any, world: World) -> None:
+    """Stock model folder (config, safetensors, tokenizer) of the current weights, gathered layer by layer on rank 0."""
+    import deepspeed
+
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        partitioned = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], enabled=partitioned):
+            if world.is_main:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if world.is_main:
+        hidden = folder.with_name(f".{folder.name}.incoming")
+        shutil.rmtree(hidden, ignore_errors=True)
+        engine.module.save_pretrained(hidden, state_dict=state)
+        tokenizer.save_pretrained(hidden)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(hidden, folder)
+    world.barrier()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

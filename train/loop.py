@@ -1,0 +1,218 @@
+"""The training loop: next packs -> forward -> terms -> guard -> backward -> step -> log -> maybe save.
+
+A system hands over sums; the loop divides them by the whole step's counts over all ranks and micro-batches, so the loss is a mean
+over nouns and answer tokens of the step, not a mean of means, and the gradient is the same for any number of ranks.
+"""
+
+import json
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import yaml
+from torch import Tensor
+
+from swim.data_tools.synth import synthesise
+from swim.train.batch import Batch
+from swim.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
+from swim.train.config import Config, ConfigError
+from swim.train.loader import Order, check_folders, load_steps
+from swim.train.metrics import Metrics, append_jsonl, peak_memory_mib
+from swim.train.system import Loss, Progress, System, build_system
+from swim.train.world import World, init_world
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names step, samples and remedy."""
+
+
+def train(config: Config) -> Path:
+    """Run (or resume) the training that `config` describes on this rank and return the run folder."""
+    world = init_world()
+    folder = config.run.folder
+    _prepare(config, world)
+    order, system = Order(config), build_system(config)
+    engine = _build_engine(config, system, order.micro_batches(world.size), world)
+    start = _resume(engine, order, folder / "checkpoints", world)
+    stop = min(config.run.stop_after or config.run.steps, config.run.steps)
+    batches = load_steps(
+        order, system.collator, start=start, stop=stop, rank=world.rank, size=world.size, workers=config.data.workers
+    )
+    metrics = Metrics(folder / "metrics.jsonl" if world.is_main else None, start=start, steps=config.run.steps)
+    began, bad = time.perf_counter(), 0
+    for step in range(start, stop):
+        values = train_step(engine, system, batches, config, Progress(step, config.run.steps), world)
+        bad += int(values.pop("own_holes"))
+        if bad > config.data.max_bad:
+            raise TrainingError(
+                f"step {step}: {bad} unreadable samples on rank {world.rank}, data.max_bad is {config.data.max_bad}; "
+                f"see {folder / 'quarantine.jsonl'}, repair the shards or raise the limit"
+            )
+        done = step + 1
+        metrics.log(done, values, write=done % config.run.log_every == 0 or done == stop)
+        if done == stop or (config.run.save_every and done % config.run.save_every == 0):
+            save_checkpoint(engine, folder / "checkpoints", done, order.state(done), world)
+    metrics.close()
+    if stop == config.run.steps:
+        save_model(engine, folder / "model", system.collator.encoder.tokenizer, world)
+        _finish(folder, world, time.perf_counter() - began)
+    world.close()
+    return folder
+
+
+def train_step(
+    engine: Any, system: System, batches: Any, config: Config, progress: Progress, world: World
+) -> dict[str, float]:
+    """One optimizer step over this rank's micro-batches; returns the step's numbers, equal on all ranks but `own_holes`."""
+    began = time.perf_counter()
+    micro_batches: list[Batch] = [batch.to(world.device) for batch in next(batches)]
+    waited = time.perf_counter() - began
+    own = _sum([batch.counts for batch in micro_batches])
+    counts = world.sum({**own, "tokens": sum(batch.num_tokens for batch in micro_batches)})
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate(config, progress.step)
+    sums: dict[str, float] = {"finite": 0.0, "waited": waited}
+    for number, batch in enumerate(micro_batches):
+        loss = system.loss(engine, batch, progress)
+        total = combine(loss, counts)
+        for name, term in loss.terms.items():
+            sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + float(term.sum.detach())
+        sums["finite"] += float(not math.isfinite(float(total.detach())))
+        # The engine averages over ranks; the terms are divided by the whole step's counts already.
+        engine.backward(total * world.size, scale_wrt_gas=False)
+        if number + 1 < len(micro_batches):
+            engine.step()
+    sums.update(system.after_backward())
+    totals = world.sum(sums)
+    _guard(totals, micro_batches, progress, config, world)
+    engine.step()
+    holes = [asdict(hole) for batch in micro_batches for hole in batch.holes]
+    append_jsonl(config.run.folder / "quarantine.jsonl", [{"step": progress.step, **hole} for hole in holes])
+    elapsed = time.perf_counter() - began
+    values = {name: totals[name] / max(counts[name.removeprefix("loss/")], 1) for name in totals if name.startswith("loss/")}
+    weights = {f"loss/{name}": term.weight for name, term in loss.terms.items()}
+    values["loss/total"] = sum(weights[name] * value for name, value in values.items())
+    values |= {name: math.sqrt(total) for name, total in totals.items() if name.startswith("mask_grad/")}
+    values |= {f"count/{name}": count for name, count in counts.items()}
+    return values | {
+        "supervised_share": counts.get("mask", 0.0) / max(counts.get("nouns", 0.0), 1.0),
+        "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "lr": learning_rate(config, progress.step),
+        "step_s": elapsed,
+        "tokens_per_s": counts["tokens"] / elapsed,
+        "data_wait": totals["waited"] / world.size / elapsed,
+        "peak_memory_mib": peak_memory_mib(world.device),
+        "own_holes": float(len(holes)),
+    }
+
+
+def combine(loss: Loss, counts: dict[str, float]) -> Tensor:
+    """Weighted sum of the terms, each divided by the step's count of its name; a term nobody counts is zero."""
+    return torch.stack([term.weight * term.sum / max(counts[name], 1.0) for name, term in loss.terms.items()]).sum()
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Learning rate of step `step` (from 0): a pure function, so a resumed run needs no scheduler state."""
+    optim, steps = config.optim, config.run.steps
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    done = (step - optim.warmup_steps) / max(steps - optim.warmup_steps, 1)
+    shape = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[optim.schedule]
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape)
+
+
+def engine_config(config: Config, micro_batches: int, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration: the named file plus what this program computes (batch sizes, type, clipping, rates)."""
+    folder = Path(__file__).resolve().parent.parent / "ds_configs"
+    path = next((p for p in (folder / f"{config.deepspeed}.json", Path(config.deepspeed)) if p.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
+        raise ConfigError(f"deepspeed: {config.deepspeed!r} is neither a file nor one of: {known}")
+    fields = json.loads(path.read_text())
+    parameters = fields.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})
+    parameters.update(lr=config.optim.lr, betas=list(config.optim.betas), weight_decay=config.optim.weight_decay)
+    return fields | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_batches,
+        "train_batch_size": micro_batches * world_size,
+        "gradient_clipping": config.optim.clip,
+        "bf16": {"enabled": config.model.dtype == "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+
+
+def _build_engine(config: Config, system: System, micro_batches: int, world: World) -> Any:
+    fields = engine_config(config, micro_batches, world.size)
+    from transformers.integrations import HfDeepSpeedConfig
+
+    # While it lives, transformers makes (and loads) every parameter partitioned; zero.Init alone breaks its initialisation.
+    partitioned = HfDeepSpeedConfig(fields)
+    model = system.build_model()
+    model.train()
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=system.param_groups(model), config=fields)
+    del partitioned
+    return engine
+
+
+def _prepare(config: Config, world: World) -> None:
+    """Run folder, resolved configuration and, where asked for, synthetic data: made by the main rank, awaited by all."""
+    folder, synth = config.run.folder, config.data.synth
+    problem = None
+    if world.is_main:
+        if synth is not None and (missing := check_folders(config.data.train)):
+            print(f"rendering {synth.clips} clips into {missing[0]}", flush=True)
+            synthesise(missing[0], clips=synth.clips, seed=synth.seed, size=synth.size)
+        folder.mkdir(parents=True, exist_ok=True)
+        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        saved = folder / "config.yaml"
+        if saved.exists() and _identity(yaml.safe_load(saved.read_text())) != _identity(yaml.safe_load(resolved)):
+            problem = f"{folder} holds a run with another configuration; give run.name another value or remove the folder"
+        else:
+            saved.write_text(resolved)
+    if problem := world.gather(problem)[0]:
+        raise ConfigError(problem)
+
+
+def _identity(config: dict[str, Any]) -> dict[str, Any]:
+    # What may change between the parts of one run: when it saves, logs and stops, how it is launched and loaded.
+    run = {k: v for k, v in config["run"].items() if k not in ("save_every", "log_every", "stop_after", "output", "name")}
+    data = {k: v for k, v in config["data"].items() if k not in ("workers", "max_bad", "train", "synth")}
+    return {**config, "run": run, "data": data, "launch": None}
+
+
+def _resume(engine: Any, order: Order, checkpoints: Path, world: World) -> int:
+    path = world.gather(latest_checkpoint(checkpoints) if world.is_main else None)[0]
+    if path is None:
+        return 0
+    step = order.resume(load_checkpoint(engine, path, world))
+    if world.is_main:
+        print(f"resuming from {path} at step {step}", flush=True)
+    return step
+
+
+def _guard(totals: dict[str, float], batches: list[Batch], progress: Progress, config: Config, world: World) -> None:
+    if not totals.pop("finite"):
+        return
+    ids = [name for batch in batches for name in batch.ids]
+    found = [name for names in world.gather(ids) for name in names]
+    raise TrainingError(
+        f"step {progress.step}: the loss is not finite; samples of the step: {', '.join(found)}. Nothing was updated; lower "
+        f"optim.lr ({config.optim.lr}), look at these samples, or resume from the last checkpoint"
+    )
+
+
+def _sum(items: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(item[name] for item in items) for name in items[0]}
+
+
+def _finish(folder: Path, world: World, seconds: float) -> None:
+    peaks = world.gather(peak_memory_mib(world.device))
+    if world.is_main:
+        summary = {"seconds": round(seconds, 1), "peak_memory_mib": round(max(peaks)), "ranks": world.size}
+        # Success is this file, not an exit code: a launcher that is killed exits 0.
+        (folder / "done.json").write_text(json.dumps(summary))
+        print(f"finished: {folder / 'model'} is a stock transformers folder", flush=True)

@@ -1,0 +1,69 @@
+"""What a run says: metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_EVERY_S = 10.0
+
+
+class Metrics:
+    """Appends one JSON line per logged step and shows progress; only the main rank makes one that writes."""
+
+    def __init__(self, path: Path | None, *, start: int, steps: int) -> None:
+        self._file = path.open("a", buffering=1) if path else None
+        self._console = Console()
+        self._start, self._steps, self._began, self._said = start, steps, time.perf_counter(), 0.0
+        self._progress: Progress | None = None
+        if path and self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            self._progress = Progress(*columns, console=self._console)
+            self._task = self._progress.add_task("train", total=steps, completed=start)
+            self._progress.start()
+
+    def log(self, step: int, values: dict[str, float], *, write: bool) -> None:
+        """Note step `step` (from 1); `write` adds the line to metrics.jsonl."""
+        if self._file is None:
+            return
+        if write:
+            self._file.write(json.dumps({"step": step, **{name: _short(value) for name, value in values.items()}}) + "\n")
+        text = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss/text", "loss/mask", "lr", "tokens_per_s", "data_wait") if name in values)
+        if self._progress:
+            self._progress.update(self._task, completed=step, description=text)
+        elif (now := time.perf_counter()) - self._said > PLAIN_EVERY_S or step == self._steps:
+            self._said = now
+            left = (now - self._began) / max(step - self._start, 1) * (self._steps - step)
+            print(f"step {step}/{self._steps}  {text}  peak_memory_mib {values['peak_memory_mib']:.0f}  remaining {left:.0f} s", flush=True)
+
+    def close(self) -> None:
+        """Stop the progress bar and close the file."""
+        if self._progress:
+            self._progress.stop()
+        if self._file:
+            self._file.close()
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory of this process so far in MiB: allocated by torch on a GPU, resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def append_jsonl(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Append lines to a JSONL file; does not create it for nothing."""
+    if lines:
+        with path.open("a") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.9g}")

@@ -1,0 +1,87 @@
+"""Where this process is among the others, and the few collectives the loop needs."""
+
+import os
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+# Rank, size and local rank as torch's launchers, SLURM and OpenMPI name them.
+_RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+_SIZE = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank and size of the job, and the device of this rank."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums over ranks, by name; all ranks pass the same names. float64, so counts stay exact."""
+        tensor = torch.tensor([values[name] for name in sorted(values)], dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+        return dict(zip(sorted(values), tensor.tolist()))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The object of every rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        if self.size == 1:
+            return [value]
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def close(self) -> None:
+        """Leave the job in good order; without it gloo's threads abort the process at exit."""
+        torch.distributed.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the rank that writes and prints."""
+        return self.rank == 0
+
+
+def init_world(timeout_s: float = 1800.0) -> World:
+    """Join the job that the environment describes, alone if it describes none; nccl on GPUs, gloo on CPUs."""
+    rank, size, local = (_first(names, default) for names, default in ((_RANK, 0), (_SIZE, 1), (_LOCAL, 0)))
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))
+    os.environ.setdefault("MASTER_ADDR", _master())
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local)
+        device, backend = torch.device("cuda", local), "nccl"
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        device, backend = torch.device("cpu"), "gloo"
+    import deepspeed  # after DS_ACCELERATOR is set
+
+    if device.type == "cpu":
+        # The shared-memory collective is compiled on first use, a minute with a compiler and fatal without; gloo does without it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False, auto_mpi_discovery=False)
+    return World(rank, size, device)
+
+
+def _first(names: tuple[str, ...], default: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+
+
+def _master() -> str:
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        return "127.0.0.1"
+    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    return listed.stdout.split()[0]
