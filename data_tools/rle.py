@@ -14,7 +14,7 @@ MAX_CHARS_PER_RUN = 7  # 35 bits: more than any image, and far from overflowing 
 
 def decode_counts(counts: str) -> np.ndarray:
     """Run lengths int64 [R] of a COCO compressed string, background first; ValueError if the string is damaged."""
-    codes = np.frombuffer(counts.encode("ascii", "replace"), np.uint8).astype(np.int64) - 48
+    codes = np.frombuffer(counts.encode("utf-32-le"), "<u4").astype(np.int64) - 48
     if codes.size == 0:
         raise ValueError("the RLE string is empty")
     outside = np.flatnonzero((codes < 0) | (codes > 63))

@@ -70,7 +70,7 @@ def decode_frames(source: bytes | Path, indices: Sequence[int]) -> np.ndarray:
             if number in places:
                 if frame.is_corrupt:
                     raise VideoError(f"frame {number} is damaged; fetch the file again or {REENCODE}")
-                rgb_HWC = frame.to_ndarray(format="rgb24")
+                rgb_HWC = frame.reformat(format="rgb24", threads=1).to_ndarray()
                 if frames_NHWC is None:
                     frames_NHWC = np.empty((len(indices), *rgb_HWC.shape), np.uint8)
                 if rgb_HWC.shape != frames_NHWC.shape[1:]:
@@ -100,10 +100,11 @@ def _encode(path: Path, frames: np.ndarray, fps: float, crf: int) -> None:
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        # The bytes depend on the number of encoder threads.
-        stream.options = {"crf": str(crf), "tune": "fastdecode", "threads": "1"}
+        # The bytes depend on the number of threads and on the processor's instruction sets, unless told otherwise.
+        stream.options = {"crf": str(crf), "tune": "fastdecode", "threads": "1", "x264-params": "cpu-independent=1"}
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+            container.mux(stream.encode(rgb.reformat(format="yuv420p", threads=1)))
         container.mux(stream.encode())
 
 
@@ -122,7 +123,7 @@ def choose_frames(num_frames: int, count: int, annotated: Sequence[int] | None =
     best = [num_frames] * count
     for frame in sorted(annotated or ()):
         if 0 <= frame < num_frames:
-            segment = frame * count // num_frames
+            segment = (2 * frame + 1) * count // (2 * num_frames)  # that its middle lies in
             distance = abs(frame - middles[segment])
             if distance < best[segment]:
                 best[segment], chosen[segment] = distance, frame

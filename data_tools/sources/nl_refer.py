@@ -182,7 +182,8 @@ def _compressed(where: str, rle: Any) -> Any:
     """RLE with `counts` as a string; lists are compressed, anything else is left for the record's own check."""
     if not isinstance(rle, dict) or not isinstance(rle.get("counts"), list):
         return rle
-    runs, size = rle["counts"], rle.get("size")
+    runs: list[Any] = rle["counts"]
+    size: Any = rle.get("size")
     numbers = [*runs, *size] if isinstance(size, list) and len(size) == 2 else [None]
     if not all(isinstance(number, int) and 0 <= number <= MAX_MASK_SIDE**2 for number in numbers):
         problem = f"size {size!r:.40} or counts {runs!r:.40} hold other things than pixel numbers"

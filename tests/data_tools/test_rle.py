@@ -1,0 +1,94 @@
+"""Grid coverage straight from runs is exact, and damaged run-length strings are refused."""
+
+import json
+
+import numpy as np
+import pytest
+from footage import footage_dir
+from pycocotools import mask as coco
+
+from swim.data_tools.rle import cell_coverage, decode_counts, decode_mask, encode_mask
+
+RNG = np.random.default_rng(0)
+
+
+def _exact(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Covered share of each cell by overlap matrices over the decoded mask: another way to the same numbers."""
+
+    def overlap(cells: int, pixels: int) -> np.ndarray:
+        edges = np.arange(cells + 1)[:, None] * pixels / cells
+        below = np.clip(edges - np.arange(pixels), 0, 1)
+        return np.diff(below, axis=0) * cells / pixels
+
+    return overlap(grid[0], mask.shape[0]) @ mask.astype(float) @ overlap(grid[1], mask.shape[1]).T
+
+
+def _one_pixel(height: int, width: int) -> np.ndarray:
+    mask = np.zeros((height, width), bool)
+    mask[height // 2, width // 3] = True
+    return mask
+
+
+MASKS = {
+    "random": RNG.random((37, 53)) < 0.3,
+    "dense": RNG.random((64, 48)) < 0.9,
+    "empty": np.zeros((20, 31), bool),
+    "full": np.ones((20, 31), bool),
+    "one pixel": _one_pixel(45, 80),
+    "first pixel": np.arange(35).reshape(5, 7) == 0,
+    "last pixel": np.arange(35).reshape(5, 7) == 34,
+    "one column": _one_pixel(90, 1),
+    "one row": _one_pixel(1, 90),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("grid", [(1, 1), (4, 4), (13, 23), (7, 5), (64, 100)])
+def test_coverage_equals_exact_area(name: str, grid: tuple[int, int]) -> None:
+    mask = MASKS[name]
+    coverage = cell_coverage(encode_mask(mask), grid)
+    assert coverage.shape == grid
+    assert coverage.dtype == np.float64
+    np.testing.assert_allclose(coverage, _exact(mask, grid), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_runs_and_masks_equal_pycocotools(name: str) -> None:
+    mask = MASKS[name]
+    rle = encode_mask(mask)
+    runs = decode_counts(rle["counts"])
+    values = np.repeat(np.arange(runs.size) % 2, runs).reshape(mask.shape, order="F").astype(bool)
+    np.testing.assert_array_equal(values, mask)
+    np.testing.assert_array_equal(decode_mask(rle), mask)
+
+
+def test_long_runs_survive_the_string() -> None:
+    runs = [0, 5, 70_000, 3, 1, 900_000, 0, 2]
+    text = coco.frPyObjects({"size": [sum(runs), 1], "counts": runs}, sum(runs), 1)["counts"].decode()
+    assert decode_counts(text).tolist() == runs
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ("", "empty"),
+        ("0z", "'z' at position 1 is outside"),
+        ("0é", "'é' at position 1 is outside"),
+        ("0P", "ends inside a number"),
+        ("P" * 7 + "0", "8 characters, the limit is 7"),
+        ("01O", r"run 2 has the negative length -1"),
+    ],
+)
+def test_damaged_strings_are_refused(counts: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_counts(counts)
+
+
+def test_real_masklets_are_exact() -> None:
+    masklets = json.loads((footage_dir() / "sav_000001_manual.json").read_text())["masklet"]
+    rles = [rle for frame in masklets[::20] for rle in frame]
+    assert any(decode_mask(rle).any() for rle in rles)
+    for rle in rles:
+        assert decode_counts(rle["counts"]).sum() == np.prod(rle["size"])
+        expected = _exact(decode_mask(rle), (30, 17))
+        np.testing.assert_allclose(cell_coverage(rle, (30, 17)), expected, rtol=0, atol=1e-12)
