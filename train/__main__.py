@@ -1,6 +1,9 @@
 """The training program: `python -m swim.train [--config RECIPE] [section.key=value ...]`, started once per rank."""
 
 import os
+import shutil
+import socket
+import subprocess
 import sys
 
 DEFAULT_RECIPE = "tiny_cpu"
@@ -32,12 +35,20 @@ def parse_arguments(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, check and train; a mistake of the user ends in one clear message and exit code 2."""
-    recipe, overrides = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    """Parse, check and train; a mistake of the user ends in one clear message and exit code 2.
+
+    With `--placement` first, print the number of processes the recipe wants on this node and a free port, and do nothing else.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    placement = arguments[:1] == ["--placement"]
+    recipe, overrides = parse_arguments(arguments[placement:])
     from swim.train.config import ConfigError, load_config
 
     try:
         config = load_config(recipe, overrides)
+        if placement:
+            print(config.launch.ranks or _num_gpus(), _free_port())
+            return
         from swim.data_tools.plan import PlanError
         from swim.data_tools.shards import ShardError
         from swim.train.checkpoint import CheckpointError
@@ -48,6 +59,17 @@ def main(arguments: list[str] | None = None) -> None:
         train(config)
     except (ConfigError, ShardError, PlanError, CheckpointError, TrainingError) as error:
         raise SystemExit(_explain(error)) from None
+
+
+def _num_gpus() -> int:
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+    return max(1, len(listed.stdout.splitlines())) if listed else 1
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _explain(error: Exception) -> int:

@@ -96,7 +96,8 @@ def train_step(
     values = {name: totals[name] / max(counts[name.removeprefix("loss/")], 1) for name in totals if name.startswith("loss/")}
     weights = {f"loss/{name}": term.weight for name, term in loss.terms.items()}
     values["loss/total"] = sum(weights[name] * value for name, value in values.items())
-    values |= {name: math.sqrt(total) for name, total in totals.items() if name.startswith("mask_grad/")}
+    # Undo the engine factor: what is logged is the gradient of the loss above, whatever the number of ranks.
+    values |= {name: math.sqrt(total) / world.size for name, total in totals.items() if name.startswith("mask_grad/")}
     values |= {f"count/{name}": count for name, count in counts.items()}
     return values | {
         "supervised_share": counts.get("mask", 0.0) / max(counts.get("nouns", 0.0), 1.0),

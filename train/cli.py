@@ -1,0 +1,67 @@
+"""The `swim` command: data, train, evaluate, demo."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swim.data_tools.cli import app as data_app
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fine-grained video understanding by attention supervision.")
+app.add_typer(data_app, name="data")
+
+Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(context: typer.Context) -> None:
+    """Train a recipe: swim train [--config RECIPE] [section.key=value ...]; the same as `bash launch/train.sh`."""
+    from swim.train.demo import launch
+
+    raise typer.Exit(launch(context.args))
+
+
+@app.command()
+def evaluate(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of one or two finished runs; the first is the baseline.")],
+    data: Annotated[Path, typer.Option(help="Folder of held-out shards.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json and report.html; default: the last run.")] = None,
+) -> None:
+    """Predict, score and report: answers, alignment of noun attention with masks, and a page to look at."""
+    from swim.train.demo import evaluate_runs, print_results
+
+    print_results(evaluate_runs({run.name: run for run in runs}, data, out or runs[-1]))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("runs/demo"),
+    seed: Annotated[list[int] | None, typer.Option(help="Seed of model and order; give several for a table over seeds.")] = None,
+    short: Annotated[bool, typer.Option("--short", help="A few steps only: checks the path, shows nothing about the method.")] = False,
+    table: Annotated[Path | None, typer.Option(help="Write the table over the seeds into this Markdown file.")] = None,
+) -> None:
+    """Train the tiny model with and without supervision and write a report about the difference."""
+    from swim.train.demo import run_demo, write_table
+
+    seeds = seed or [0]
+    folders = [out if len(seeds) == 1 else out / f"seed{number}" for number in seeds]
+    for folder, number in zip(folders, seeds):
+        run_demo(folder, seed=number, short=short)
+    if table is not None:
+        write_table(table, dict(zip(seeds, folders)))
+
+
+def main() -> None:
+    """Run the command; what a user can mend is one message and exit code 2."""
+    from swim.train.config import ConfigError
+
+    try:
+        app()
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
