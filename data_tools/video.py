@@ -100,7 +100,8 @@ def _encode(path: Path, frames: np.ndarray, fps: float, crf: int) -> None:
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        # The bytes depend on the number of threads and on the processor's instruction sets, unless told otherwise.
+        # Unless told otherwise, x264's bytes depend on the number of threads, on the processor and, in rare clips, on
+        # how its buffers happen to be aligned.
         stream.options = {"crf": str(crf), "tune": "fastdecode", "threads": "1", "x264-params": "cpu-independent=1"}
         for frame in frames:
             rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
