@@ -2,9 +2,9 @@
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -16,10 +16,11 @@ from swim.data_tools.sources.nl_refer import SKIPPED_FILE, convert_nl_refer
 from swim.data_tools.synth import synthesise
 from swim.data_tools.video import VideoError, decode_frames, probe
 
-app = typer.Typer(no_args_is_help=True, help="Make, convert, index, check and show shards.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make, convert, index, check and show shards.")
 convert = typer.Typer(no_args_is_help=True, help="Convert a data set to shards.")
 app.add_typer(convert, name="convert")
 
+_T = TypeVar("_T")
 Out = Annotated[Path, typer.Option("--out", help="Folder for the shards.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of shards.")]
 
@@ -150,6 +151,6 @@ def _check_media(sample: Sample) -> None:
         decode_frames(data, [0, media.num_frames - 1] if media.kind == "video" else [0])
 
 
-def _progress(items: list[Any], what: str) -> Any:
+def _progress(items: Sequence[_T], what: str) -> Iterable[_T]:
     console = Console(stderr=True)
     return track(items, what, console=console, disable=not console.is_terminal)

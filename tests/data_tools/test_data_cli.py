@@ -1,7 +1,10 @@
 """The data commands do what they print, and their exit codes tell scripts what happened."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,3 +117,22 @@ def test_errors_are_one_message(tmp_path: Path) -> None:
 
 def test_schema_prints_the_schema() -> None:
     assert _run("schema").stdout == record_schema()
+
+
+def test_the_example_of_the_data_page_runs(synth_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "clip.mp4").write_bytes(ShardSet(synth_folder).read(0).media())
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/data.md", "exec"), {})
+    assert _run("check", "shards/mine").stdout == "1 good samples, 0 bad\n"
+
+
+def test_data_tools_need_neither_torch_nor_the_trainer() -> None:
+    code = (
+        "import sys, swim.data_tools.cli, swim.data_tools.plan\n"
+        "print([name for name in sys.modules if name == 'torch' or name.startswith(('swim.train', 'swim.kernels'))])"
+    )
+    root = Path(__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
