@@ -1,0 +1,173 @@
+"""Promise: captured maps and their gradients equal those of eager attention, and a map without a gradient is an error."""
+
+import pytest
+import torch
+from tiny import gradients, largest_difference, make_batch, make_data, tiny_config
+from torch import nn
+
+from swim.train.attention import Capture, enable_checkpointing, register_capture
+from swim.train.system import Progress, build_system
+from swim.train.systems.swim.data import SwimBatch
+from swim.train.systems.swim.objective import noun_maps
+
+LAYERS = (1, 3)
+PROGRESS = Progress(0, 10)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("clips"))
+
+
+def build(shards, *overrides):
+    system = build_system(tiny_config(shards.folder, "data.tasks=null", *overrides))
+    return system, system.build_model().train()
+
+
+def eager_maps(model: nn.Module, batch: SwimBatch, segments_of_clip) -> dict[int, torch.Tensor]:
+    """The oracle: rows of the full attention matrix, cut to each segment's keys and renormalised, averaged over heads."""
+    text = model.config.get_text_config()
+    keep = text._attn_implementation
+    model.set_attn_implementation({"text_config": "eager"})
+    output = model(**batch.inputs, use_cache=False, output_attentions=True)
+    model.set_attn_implementation({"text_config": keep})
+    maps = {}
+    for layer in LAYERS:
+        rows = []
+        for noun in batch.nouns:
+            clip = batch.clips[noun.row]
+            visual = torch.nonzero(batch.inputs["mm_token_type_ids"][noun.row] == 2).flatten()
+            for token in noun.tokens:
+                weights = output.attentions[layer][noun.row, :, token, visual]
+                weights = weights.reshape(len(weights), segments_of_clip(clip), -1)
+                rows.append((weights / weights.sum(-1, keepdim=True)).mean(0).flatten())
+        maps[layer] = torch.cat(rows)
+    return maps, output
+
+
+@pytest.mark.parametrize("scope", ["frame", "clip"])
+def test_maps_equal_eager_attention(shards, scope):
+    system, model = build(shards, f"system.softmax_scope={scope}")
+    batch = make_batch(system, shards, [0, 1, 2])
+    lengths = batch.inputs["attention_mask"].sum(1)
+    assert len(set(lengths.tolist())) > 1, "the batch must need padding"
+    assert any(noun.turn == 1 for noun in batch.nouns), "a noun of an answer must be among the rows"
+    capture = Capture(batch.table, LAYERS)
+    output = model(**batch.inputs, use_cache=False, capture=capture)
+    got = capture.maps()
+    want, eager = eager_maps(model, batch, (lambda clip: clip.grid[0]) if scope == "frame" else (lambda _: 1))
+    mask = batch.inputs["attention_mask"].bool()
+    torch.testing.assert_close(output.logits[mask], eager.logits[mask], atol=1e-4, rtol=1e-4)
+    for layer in LAYERS:
+        assert got[layer].dtype == torch.float32
+        torch.testing.assert_close(got[layer], want[layer], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("loss", ["kl", "bce"])
+def test_gradients_of_text_and_mask_loss_equal_those_through_eager_attention(shards, checkpointing, loss):
+    system, model = build(shards, f"system.loss={loss}", f"model.checkpointing={checkpointing}")
+    batch = make_batch(system, shards, [0, 1])
+
+    def total(loss):
+        return sum(term.weight * term.sum / batch.counts[name] for name, term in loss.terms.items())
+
+    total(system.loss(model, batch, PROGRESS)).backward()
+    got = gradients(model)
+    model.zero_grad()
+
+    _, plain = build(shards)
+    plain.load_state_dict(model.state_dict())
+    maps, output = eager_maps(plain, batch, lambda clip: clip.grid[0])
+    flat = torch.cat(noun_maps(maps, batch))
+    want_mask = oracle_mask_loss(flat, batch, loss)
+    labels = torch.full_like(batch.inputs["input_ids"], -100)
+    labels[batch.label_rows, batch.label_columns[batch.label_slots] + 1] = batch.labels
+    text = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="mean")
+    (text + want_mask).backward()
+    want = gradients(plain)
+    assert largest_difference(got, want) < 1e-5
+    # The comparison means something only if the mask loss moves the gradients by far more than the tolerance.
+    plain.zero_grad()
+    maps, output = eager_maps(plain, batch, lambda clip: clip.grid[0])
+    nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+    assert largest_difference(gradients(plain), want) > 1e-3
+
+
+def oracle_mask_loss(flat: torch.Tensor, batch: SwimBatch, kind: str) -> torch.Tensor:
+    """Mean over nouns of the mean over their steps that show the object, in a plain loop."""
+    losses, start = [], 0
+    for noun, coverages in zip(batch.nouns, batch.coverages):
+        steps, height, width = batch.clips[noun.row].grid
+        noun_map = flat[start : start + steps * height * width].view(steps, height, width)
+        start += steps * height * width
+        of_steps = []
+        for step, coverage in zip(noun_map, coverages):
+            if coverage is None or not coverage.any():
+                continue
+            target = torch.tensor(coverage, dtype=torch.float32)
+            if kind == "bce":
+                of_steps.append(nn.functional.binary_cross_entropy(step, target))
+            else:
+                target = target / target.sum()
+                of_steps.append(nn.functional.kl_div(step.log(), target, reduction="sum"))
+        if of_steps:
+            losses.append(torch.stack(of_steps).mean())
+    assert len(losses) == batch.counts["mask"]
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_mask_loss_alone_reaches_every_supervised_layer(shards, checkpointing):
+    system, model = build(shards, "system.text_weight=0", f"model.checkpointing={checkpointing}")
+    batch = make_batch(system, shards, [0])
+    term = system.loss(model, batch, PROGRESS).terms["mask"]
+    term.sum.backward()
+    for layer in LAYERS:
+        attention = model.model.language_model.layers[layer].self_attn
+        assert attention.q_proj.weight.grad.norm() > 0
+        assert attention.k_proj.weight.grad.norm() > 0
+    measured = system.after_backward()
+    assert set(measured) == {f"mask_grad/{side}{layer}" for side in "qk" for layer in LAYERS}
+    assert all(value > 0 for value in measured.values())
+    assert system.after_backward() == {}, "measured once, reported once"
+
+
+def test_reentrant_checkpointing_is_an_error_not_a_silent_zero(shards):
+    system, model = build(shards)
+    enable_checkpointing(model, reentrant=True)
+    with pytest.raises(RuntimeError, match=r"layers \[1, 3\] carry no gradient.*use_reentrant"):
+        system.loss(model, make_batch(system, shards, [0]), PROGRESS)
+
+
+def test_plain_fine_tuning_measures_the_mask_loss_but_is_not_moved_by_it(shards):
+    system, model = build(shards, "system.mask_weight=0")
+    batch = make_batch(system, shards, [0])
+    loss = system.loss(model, batch, PROGRESS)
+    assert loss.terms["mask"].sum > 0
+    assert not loss.terms["mask"].sum.requires_grad
+
+
+def test_a_model_without_the_capture_function_is_named_as_the_cause(shards):
+    system, model = build(shards)
+    model.set_attn_implementation({"text_config": "sdpa"})
+    with pytest.raises(RuntimeError, match="register_capture"):
+        system.loss(model, make_batch(system, shards, [0]), PROGRESS)
+
+
+def test_padding_is_masked_under_the_registered_name(shards):
+    system, model = build(shards)
+    one, both = make_batch(system, shards, [1]), make_batch(system, shards, [0, 1])
+    shorter = {k: v for k, v in one.inputs.items() if k != "pixel_values_videos"}
+    assert shorter["input_ids"].shape[1] <= both.inputs["input_ids"].shape[1]
+    alone = model(**one.inputs, use_cache=False).logits
+    padded = model(**both.inputs, use_cache=False).logits[len(both.ids) - len(one.ids) :, : alone.shape[1]]
+    mask = one.inputs["attention_mask"].bool()
+    torch.testing.assert_close(padded[mask], alone[mask], atol=1e-4, rtol=1e-4)
+
+
+def test_eager_cannot_be_wrapped(shards):
+    _, model = build(shards)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="load the model with 'sdpa'"):
+        register_capture(model)
