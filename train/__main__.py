@@ -78,5 +78,19 @@ def _explain(error: Exception) -> int:
     return 2
 
 
+def _leave(code: int) -> None:
+    # Threads of gloo and autograd that ask for the interpreter while it shuts down abort the process now and then
+    # ("terminate called without an active exception"), which a launcher takes for a failed run. Everything is on disk.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        _leave(end.code if isinstance(end.code, int) else 2 if end.code else 0)
+    _leave(0)

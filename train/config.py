@@ -121,7 +121,7 @@ class DataConfig(Section):
     workers: int = Field(0, ge=0)
     """Loader processes per rank."""
     max_bad: int = Field(100, ge=0)
-    """Unreadable samples per rank after which the run stops."""
+    """Conversations that may turn out unreadable; one more stops the run."""
 
 
 class OptimConfig(Section):

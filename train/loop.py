@@ -21,7 +21,7 @@ from swim.train.batch import Batch
 from swim.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
 from swim.train.config import Config, ConfigError
 from swim.train.loader import Order, check_folders, load_steps
-from swim.train.metrics import Metrics, append_jsonl, peak_memory_mib
+from swim.train.metrics import Metrics, append_jsonl, count_lines, drop_after, peak_memory_mib
 from swim.train.system import Loss, Progress, System, build_system
 from swim.train.world import World, init_world
 
@@ -37,22 +37,21 @@ def train(config: Config) -> Path:
     _prepare(config, world)
     order, system = Order(config), build_system(config)
     engine = _build_engine(config, system, order.micro_batches(world.size), world)
-    start = _resume(engine, order, folder / "checkpoints", world)
+    start = _resume(engine, order, folder, world)
     stop = min(config.run.stop_after or config.run.steps, config.run.steps)
     batches = load_steps(
         order, system.collator, start=start, stop=stop, rank=world.rank, size=world.size, workers=config.data.workers
     )
     metrics = Metrics(folder / "metrics.jsonl" if world.is_main else None, start=start, steps=config.run.steps)
-    began, bad = time.perf_counter(), 0
+    began, bad = time.perf_counter(), count_lines(folder / "quarantine.jsonl")
     for step in range(start, stop):
         values = train_step(engine, system, batches, config, Progress(step, config.run.steps), world)
-        bad += int(values.pop("own_holes"))
+        done, bad = step + 1, bad + int(values["holes"])
         if bad > config.data.max_bad:
             raise TrainingError(
-                f"step {step}: {bad} unreadable samples on rank {world.rank}, data.max_bad is {config.data.max_bad}; "
+                f"step {step}: {bad} conversations could not be read so far, data.max_bad is {config.data.max_bad}; "
                 f"see {folder / 'quarantine.jsonl'}, repair the shards or raise the limit"
             )
-        done = step + 1
         metrics.log(done, values, write=done % config.run.log_every == 0 or done == stop)
         if done == stop or (config.run.save_every and done % config.run.save_every == 0):
             save_checkpoint(engine, folder / "checkpoints", done, order.state(done), world)
@@ -67,7 +66,7 @@ def train(config: Config) -> Path:
 def train_step(
     engine: Any, system: System, batches: Any, config: Config, progress: Progress, world: World
 ) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches; returns the step's numbers, equal on all ranks but `own_holes`."""
+    """One optimizer step over this rank's micro-batches; returns the step's numbers."""
     began = time.perf_counter()
     micro_batches: list[Batch] = [batch.to(world.device) for batch in next(batches)]
     waited = time.perf_counter() - began
@@ -75,13 +74,14 @@ def train_step(
     counts = world.sum({**own, "tokens": sum(batch.num_tokens for batch in micro_batches)})
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(config, progress.step)
-    sums: dict[str, float] = {"finite": 0.0, "waited": waited}
+    holes = [asdict(hole) for batch in micro_batches for hole in batch.holes]
+    sums: dict[str, float] = {"bad_loss": 0.0, "waited": waited, "holes": float(len(holes))}
     for number, batch in enumerate(micro_batches):
         loss = system.loss(engine, batch, progress)
         total = combine(loss, counts)
         for name, term in loss.terms.items():
             sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + float(term.sum.detach())
-        sums["finite"] += float(not math.isfinite(float(total.detach())))
+        sums["bad_loss"] += float(not math.isfinite(float(total.detach())))
         # The engine averages over ranks; the terms are divided by the whole step's counts already.
         engine.backward(total * world.size, scale_wrt_gas=False)
         if number + 1 < len(micro_batches):
@@ -90,8 +90,10 @@ def train_step(
     totals = world.sum(sums)
     _guard(totals, micro_batches, progress, config, world)
     engine.step()
-    holes = [asdict(hole) for batch in micro_batches for hole in batch.holes]
-    append_jsonl(config.run.folder / "quarantine.jsonl", [{"step": progress.step, **hole} for hole in holes])
+    if totals["holes"]:
+        lines = [{"step": progress.step, **hole} for of_rank in world.gather(holes) for hole in of_rank]
+        if world.is_main:
+            append_jsonl(config.run.folder / "quarantine.jsonl", lines)
     elapsed = time.perf_counter() - began
     values = {name: totals[name] / max(counts[name.removeprefix("loss/")], 1) for name in totals if name.startswith("loss/")}
     weights = {f"loss/{name}": term.weight for name, term in loss.terms.items()}
@@ -107,7 +109,7 @@ def train_step(
         "tokens_per_s": counts["tokens"] / elapsed,
         "data_wait": totals["waited"] / world.size / elapsed,
         "peak_memory_mib": peak_memory_mib(world.device),
-        "own_holes": float(len(holes)),
+        "holes": totals["holes"],
     }
 
 
@@ -185,18 +187,21 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "run": run, "data": data, "launch": None}
 
 
-def _resume(engine: Any, order: Order, checkpoints: Path, world: World) -> int:
-    path = world.gather(latest_checkpoint(checkpoints) if world.is_main else None)[0]
-    if path is None:
-        return 0
-    step = order.resume(load_checkpoint(engine, path, world))
+def _resume(engine: Any, order: Order, folder: Path, world: World) -> int:
+    path = world.gather(latest_checkpoint(folder / "checkpoints") if world.is_main else None)[0]
+    step = order.resume(load_checkpoint(engine, path, world)) if path is not None else 0
     if world.is_main:
-        print(f"resuming from {path} at step {step}", flush=True)
+        # metrics count steps from 1, the quarantine from 0
+        drop_after(folder / "metrics.jsonl", step)
+        drop_after(folder / "quarantine.jsonl", step - 1)
+        if path is not None:
+            print(f"resuming from {path} at step {step}", flush=True)
+    world.barrier()
     return step
 
 
 def _guard(totals: dict[str, float], batches: list[Batch], progress: Progress, config: Config, world: World) -> None:
-    if not totals.pop("finite"):
+    if not totals["bad_loss"]:
         return
     ids = [name for batch in batches for name in batch.ids]
     found = [name for names in world.gather(ids) for name in names]

@@ -65,5 +65,24 @@ def append_jsonl(path: Path, lines: list[dict[str, Any]]) -> None:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
+def count_lines(path: Path) -> int:
+    """Lines of a file, 0 if there is none."""
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Drop lines of a JSONL file beyond `step`, and a torn last line: what a resumed run does again is then said once."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue  # cut off while it was written
+    path.write_text("".join(kept))
+
+
 def _short(value: float) -> float:
     return float(f"{value:.9g}")

@@ -1,0 +1,61 @@
+"""Real runs of launch/train.sh for tests: a hard time limit, the end of the output when something fails, no orphans."""
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER = ROOT / "launch" / "train.sh"
+TINY = ("--config", "tiny_cpu", "data.synth=null", "data.tasks=null", "data.clips_per_pack=1", "system.layers=[1, 3]", "optim.warmup_steps=2")
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """The environment of a user who activated nothing and set nothing."""
+    hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
+    kept = {k: v for k, v in os.environ.items() if k not in hidden}
+    return {**kept, "HF_HUB_OFFLINE": "1", **extra}
+
+
+def start(arguments: Sequence[str], *, cwd: Path, command: Sequence[str] = ("bash", str(LAUNCHER))) -> subprocess.Popen[str]:
+    """Start a launcher in a process group of its own."""
+    return subprocess.Popen(
+        [*command, *arguments],
+        cwd=cwd,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], *, timeout_s: float = 180) -> tuple[int, str]:
+    """Exit code and output; kills the whole group when the limit passes."""
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        output, _ = process.communicate()
+        raise AssertionError(f"no end after {timeout_s} s; the output ends with:\n{output[-4000:]}") from None
+    return process.returncode, output
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL to every process of the group, as a dying node would."""
+    os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(arguments: Sequence[str], *, cwd: Path, command: Sequence[str] = ("bash", str(LAUNCHER)), timeout_s: float = 180) -> str:
+    """Output of a launcher that must succeed."""
+    code, output = finish(start(arguments, cwd=cwd, command=command), timeout_s=timeout_s)
+    assert code == 0, f"exit code {code}; the output ends with:\n{output[-4000:]}"
+    return output
+
+
+def metrics(folder: Path) -> list[Mapping[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

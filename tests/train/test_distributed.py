@@ -1,0 +1,211 @@
+"""Promise: two ZeRO-3 processes compute what one plain torch loop does, whatever the ranks hold; runs resume bit for bit."""
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from processes import TINY, finish, kill, metrics, run, start
+from tiny import largest_difference, make_data
+from transformers import AutoModelForImageTextToText
+
+from swim.data_tools.records import Conversation, Record, Turn
+from swim.data_tools.shards import ShardSet, ShardWriter
+from swim.train.config import load_config
+from swim.train.loader import Order, load_steps
+from swim.train.loop import combine, learning_rate
+from swim.train.system import Progress, build_system
+
+# Every parameter is partitioned, none is kept whole on each rank for being small.
+PARTITION_ALL = {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": False}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """Clips with very different numbers of nouns, and records without any clip."""
+    folder = tmp_path_factory.mktemp("mixed")
+    make_data(folder / "clips", clips=6)
+    with ShardWriter(folder / "text") as writer:
+        for number in range(6):
+            turns = [Turn(role="user", text="is a circle round ?"), Turn(role="assistant", text="yes")]
+            record = Record(
+                source="test", license="CC0-1.0", media=[], objects=[], conversations=[Conversation(task="text", turns=turns)]
+            )
+            writer.write(f"text_{number}", record, {}, {})
+    base = load_config("tiny_cpu", ["data.synth=null"])
+    system = build_system(base)
+    system.build_model().save_pretrained(folder / "base")
+    system.tokenizer.save_pretrained(folder / "base")
+    engine = {"zero_optimization": PARTITION_ALL, "optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
+    (folder / "engine.json").write_text(json.dumps(engine))
+    return folder
+
+
+def arguments(mixed: Path, *overrides: str) -> list[str]:
+    folders = f"data.train=[{mixed / 'clips'}, {mixed / 'text'}]"
+    return [*TINY, folders, f"deepspeed={mixed / 'engine.json'}", *from_base(mixed), *overrides]
+
+
+def from_base(mixed: Path) -> list[str]:
+    # Loaded, not drawn: random numbers are drawn in another order when parameters are partitioned as they are made.
+    return [f"model.path={mixed / 'base'}", "model.config=null", "model.tokenizer=null"]
+
+
+def test_two_ranks_equal_a_plain_torch_loop(mixed, tmp_path):
+    # Three packs on two ranks: rank 1 fills its second micro-batch with a dummy pack.
+    options = arguments(mixed, "run.name=two", "run.steps=5", "data.packs_per_step=3", "run.seed=4", "system.gradient_every=0")
+    run(options, cwd=tmp_path)
+
+    config = load_config("tiny_cpu", options[2:])
+    order, system = Order(config), build_system(config)
+    nouns_by_rank = [
+        [sum(b.counts["mask"] for b in load_step(order, system, step, rank, 2)) for rank in (0, 1)] for step in range(4)
+    ]
+    assert any(0 in nouns and max(nouns) > 0 for nouns in nouns_by_rank), f"one rank must be text-only once: {nouns_by_rank}"
+    assert any(0 < nouns[0] != nouns[1] > 0 for nouns in nouns_by_rank), f"uneven nouns must occur: {nouns_by_rank}"
+
+    model = system.build_model().train()
+    optimizer = torch.optim.AdamW(system.param_groups(model), lr=config.optim.lr, betas=config.optim.betas)
+    for step, line in enumerate(metrics(tmp_path / "runs" / "two")):
+        batches = load_step(order, system, step, 0, 1)
+        counts = {name: sum(batch.counts[name] for batch in batches) for name in batches[0].counts}
+        sums = dict.fromkeys(("text", "mask"), 0.0)
+        for batch in batches:
+            loss = system.loss(model, batch, Progress(step, 5))
+            combine(loss, counts).backward()
+            for name, term in loss.terms.items():
+                sums[name] += float(term.sum.detach())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name in sums:
+            assert line[f"loss/{name}"] == pytest.approx(sums[name] / max(counts[name], 1), abs=2e-5)
+        assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+        assert line["count/mask"] == counts["mask"]
+    assert largest_difference(parameters(model), parameters(stock(tmp_path / "runs" / "two" / "model"))) < 2e-5
+
+
+def stock(folder: Path) -> torch.nn.Module:
+    """The model as any user of transformers loads it; nothing may be missing or unexpected."""
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return model
+
+
+def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def load_step(order, system, step, rank, size):
+    return next(load_steps(order, system.collator, start=step, stop=step + 1, rank=rank, size=size, workers=0))
+
+
+def test_the_mask_loss_alone_trains_every_supervised_layer_under_zero3_and_checkpointing(mixed, tmp_path):
+    only_mask = ["system.text_weight=0", "system.gradient_every=1", "model.checkpointing=true", "data.tasks=[direction]"]
+    options = [*TINY, f"data.train=[{mixed / 'clips'}]", f"deepspeed={mixed / 'engine.json'}", *from_base(mixed), *only_mask]
+    run([*options, "run.name=mask", "run.steps=3", "data.packs_per_step=2"], cwd=tmp_path)
+    for line in metrics(tmp_path / "runs" / "mask"):
+        for name in ("q1", "k1", "q3", "k3"):
+            assert line[f"mask_grad/{name}"] > 0
+        assert line["grad_norm"] > 0
+        assert math.isfinite(line["loss/mask"])
+    before, after = parameters(stock(mixed / "base")), parameters(stock(tmp_path / "runs" / "mask" / "model"))
+    for layer in (1, 3):
+        for side in "qk":
+            name = f"model.language_model.layers.{layer}.self_attn.{side}_proj.weight"
+            assert (before[name] - after[name]).abs().max() > 1e-5
+    # Nothing flows from the maps to what lies above them: the head moves only by the text loss.
+    assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+
+
+def test_a_killed_run_resumes_bit_for_bit(mixed, tmp_path):
+    options = arguments(mixed, "run.steps=8", "run.save_every=3", "data.packs_per_step=2")
+    run([*options, "run.name=whole"], cwd=tmp_path)
+    whole = tmp_path / "runs" / "whole"
+    # A second of work per step, so that the kill falls between checkpoints and not after the end.
+    process = start([*options, "run.name=killed"], cwd=tmp_path)
+    killed = tmp_path / "runs" / "killed"
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints" / "step_00000003").exists():
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    kill(process)
+    process.communicate()
+    assert not (killed / "done.json").exists()
+    (killed / "metrics.jsonl").open("a").write('{"step": 4, "torn')  # what a crash in mid-write leaves
+    output = run([*options, "run.name=killed"], cwd=tmp_path)
+    assert "resuming from" in output
+    a, b = ([drop_times(line) for line in metrics(folder)] for folder in (whole, killed))
+    assert a == b
+    assert (whole / "model" / "model.safetensors").read_bytes() == (killed / "model" / "model.safetensors").read_bytes()
+
+
+def drop_times(line):
+    return {k: v for k, v in line.items() if k not in ("step_s", "tokens_per_s", "data_wait", "peak_memory_mib")}
+
+
+def test_a_damaged_checkpoint_is_refused_and_another_configuration_too(mixed, tmp_path):
+    options = arguments(mixed, "run.steps=4", "data.packs_per_step=2", "run.name=stopped")
+    run([*options, "run.stop_after=2"], cwd=tmp_path)
+    folder = tmp_path / "runs" / "stopped"
+    assert not (folder / "model").exists(), "a run that stopped early has no final model"
+    code, output = finish(start([*options, "optim.lr=0.5"], cwd=tmp_path))
+    assert code == 2
+    assert "another configuration" in output
+
+    (victim,) = (folder / "checkpoints" / "step_00000002").glob("*rank_1_*optim_states.pt")
+    damaged = bytearray(victim.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    victim.write_bytes(damaged)
+    code, output = finish(start(options, cwd=tmp_path))
+    assert code != 0
+    assert f"{victim.name} is not what was written" in output
+    assert "delete this folder" in output
+
+
+def test_a_damaged_sample_is_a_listed_hole_and_the_run_goes_on(tmp_path):
+    shards = make_data(tmp_path / "clips", clips=6)
+    entry = shards.entries[2]
+    offset, size, _ = entry.members["mp4"]
+    with (tmp_path / "clips" / entry.shard).open("r+b") as file:
+        file.seek(offset + size // 2)
+        file.write(b"\xff" * 40)
+    options = [*TINY, f"data.train=[{tmp_path / 'clips'}]", "data.tasks=[direction]", "data.packs_per_step=2"]
+    run([*options, "run.name=hole", "run.steps=3"], cwd=tmp_path)
+    folder = tmp_path / "runs" / "hole"
+    lines = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in lines} == {f"{entry.key}#{i}" for i in (0, 2, 4)}
+    assert all("CRC32" in line["reason"] and line["shard"] == entry.shard for line in lines)
+    # The clip's pack keeps its step and its rank: one step has three nouns fewer, no other sample came in its place.
+    order = Order(load_config("tiny_cpu", [*options[2:], "run.steps=3"]))
+    (step,) = [s for s in range(3) if any(unit.clip == 2 for pack in order.plan(0).step(s) for unit in pack)]
+    assert [line["count/nouns"] for line in metrics(folder)] == [3.0 if s == step else 6.0 for s in range(3)]
+    assert (folder / "done.json").exists()
+    shutil.rmtree(folder)
+    code, output = finish(start([*options, "run.name=hole", "run.steps=3", "data.max_bad=2"], cwd=tmp_path))
+    assert code != 0
+    assert "data.max_bad is 2" in output
+    assert "quarantine.jsonl" in output
+
+
+def test_order_does_not_depend_on_the_number_of_ranks(mixed):
+    config = load_config("tiny_cpu", [*arguments(mixed, "data.packs_per_step=5")[2:]])
+    order = Order(config)
+    for step in range(3):
+        alone = order.packs(step, 0, 1)
+        for size in (2, 3, 8):
+            ranks = [order.packs(step, rank, size) for rank in range(size)]
+            assert len({len(packs) for packs in ranks}) == 1
+            interleaved = [packs[i] for i in range(len(ranks[0])) for packs in ranks]
+            assert [pack for pack in interleaved if pack is not None] == [pack for pack in alone if pack is not None]
+
+
+def test_shards_are_the_ones_named(mixed):
+    assert len(ShardSet(mixed / "text")) == 6
