@@ -92,6 +92,8 @@ class ConversationEncoder:
         text, starts = self._render(conversation, with_video=num_video_tokens > 0)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = np.array(encoding["input_ids"], dtype=np.int64), np.array(encoding["offset_mapping"], dtype=np.int64)
+        # Composing normalisation (NFC) leaves the accent of a decomposed character to no token: the token before gets it.
+        offsets[:-1, 1] = np.maximum(offsets[:-1, 1], offsets[1:, 0])
 
         def tokens_of(start: int, end: int) -> np.ndarray:
             lo, hi = np.maximum(offsets[:, 0], start), np.minimum(offsets[:, 1], end)
@@ -194,7 +196,7 @@ def mrope_positions(types: np.ndarray, clips: Sequence[tuple[tuple[int, int, int
             (steps, height, width), seconds = remaining.pop(0)
             end = at + steps * height * width
             # float32 as in the model, which truncates the product: float64 would differ at exact multiples.
-            time = (np.arange(steps) * np.float32(np.float32(seconds) * np.float32(tokens_per_second))).astype(np.int64)
+            time = (np.arange(steps, dtype=np.float32) * np.float32(np.float32(seconds) * np.float32(tokens_per_second))).astype(np.int64)
             grid = np.stack(np.meshgrid(time, np.arange(height), np.arange(width), indexing="ij"))
             positions[:, at:end] = position + grid.reshape(3, -1)
             position += max(height, width)
