@@ -14,6 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from swim.data_tools.video import VideoError
+
 
 class Geometry(BaseModel):
     """How a model family cuts video into tokens; patch sizes in pixels and frames, means and deviations of pixels in [0, 1]."""
@@ -51,10 +53,10 @@ class Geometry(BaseModel):
 def smart_resize(height: int, width: int, cell: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Height and width rounded to multiples of `cell`, scaled into [min_pixels, max_pixels] at nearly the same aspect ratio.
 
-    Raises ValueError beyond an aspect ratio of 200. Source: the resize rule of Qwen2-VL's processor.
+    Raises VideoError beyond an aspect ratio of 200. Source: the resize rule of Qwen2-VL's processor.
     """
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"frame of {width}x{height} pixels has an aspect ratio beyond 200; crop it first")
+        raise VideoError(f"frame of {width}x{height} pixels has an aspect ratio beyond 200; crop it first")
     new_height, new_width = (round(side / cell) * cell for side in (height, width))
     if new_height * new_width > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)

@@ -1,37 +1,51 @@
-"""Run as a program with a torchvision on PYTHONPATH: npz of frames in, npz of the stock Qwen2-VL video processor's output.
+"""Run as a program with a torchvision on PYTHONPATH: the stock Qwen2-VL video processor on a folder's NAME.case.npz.
 
-torchvision has no wheel for CPU-only torch: the CUDA build imports once its missing operator schemas are declared
-(notes in docs/development.md). That is good enough for an oracle, not for a runtime dependency.
+torchvision has no wheel for CPU-only torch: the CUDA build imports once its missing operator schemas are declared.
+That is good enough for an oracle, not for a runtime dependency.
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
 _LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-_NUM_ARGUMENTS = {"nms": 3, "qnms": 3, "roi_align": 7, "ps_roi_align": 6, "roi_pool": 5, "ps_roi_pool": 5, "deform_conv2d": 14}
+_NUM_ARGUMENTS = {
+    "nms": 3,
+    "qnms": 3,
+    "roi_align": 7,
+    "ps_roi_align": 6,
+    "roi_pool": 5,
+    "ps_roi_pool": 5,
+    "deform_conv2d": 14,
+}
 for _name, _count in _NUM_ARGUMENTS.items():
     for _variant in (_name, f"_{_name}_backward"):
         _LIBRARY.define(f"{_variant}({', '.join(f'Tensor a{i}' for i in range(_count))}) -> Tensor")
 
 
-def main(source: str, target: str) -> None:
+def main(folder: str) -> None:
     from transformers import Qwen2VLVideoProcessor
 
-    case = np.load(source)
-    processor = Qwen2VLVideoProcessor(
-        patch_size=int(case["patch_size"]),
-        merge_size=int(case["merge_size"]),
-        temporal_patch_size=int(case["temporal_patch_size"]),
-        size={"shortest_edge": int(case["min_pixels"]), "longest_edge": int(case["max_pixels"])},
-    )
-    frames = torch.from_numpy(case["frames"]).permute(0, 3, 1, 2)
-    result = processor(
-        videos=[frames], return_tensors="pt", do_sample_frames=False, cap_pixels_per_frame=False, input_data_format="channels_first"
-    )
-    np.savez(target, pixels=result["pixel_values_videos"].numpy(), grid=result["video_grid_thw"].numpy())
+    for source in Path(folder).glob("*.case.npz"):
+        case = np.load(source)
+        processor = Qwen2VLVideoProcessor(
+            patch_size=int(case["patch_size"]),
+            merge_size=int(case["merge_size"]),
+            temporal_patch_size=int(case["temporal_patch_size"]),
+            size={"shortest_edge": int(case["min_pixels"]), "longest_edge": int(case["max_pixels"])},
+        )
+        result = processor(
+            videos=[torch.from_numpy(case["frames"]).permute(0, 3, 1, 2)],
+            return_tensors="pt",
+            do_sample_frames=False,
+            cap_pixels_per_frame=False,
+            input_data_format="channels_first",
+        )
+        target = source.with_name(source.name.replace(".case.", ".stock."))
+        np.savez(target, pixels=result["pixel_values_videos"].numpy(), grid=result["video_grid_thw"].numpy())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])
