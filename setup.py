@@ -16,7 +16,8 @@ def packages() -> dict[str, str]:
         for folder in sorted({path.parent for path in (ROOT / top).rglob("*.py")}):
             relative = folder.relative_to(ROOT)
             found[".".join(("swim", *relative.parts))] = str(relative)
-    # Recipes, engine configurations and the launcher are data, found beside `train/` in a clone and in an installed package alike.
+    # Recipes, engine configurations and the launcher are data, found beside `train/` in a clone and in an installed
+    # package alike.
     return found | {f"swim.{name}": name for name in DATA}
 
 

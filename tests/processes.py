@@ -10,7 +10,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ROOT / "launch" / "train.sh"
-TINY = ("--config", "tiny_cpu", "data.synth=null", "data.tasks=null", "data.clips_per_pack=1", "system.layers=[1, 3]", "optim.warmup_steps=2")
+TINY = (
+    "--config",
+    "tiny_cpu",
+    "data.synth=null",
+    "data.tasks=null",
+    "data.clips_per_pack=1",
+    "system.layers=[1, 3]",
+    "optim.warmup_steps=2",
+)
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -20,7 +28,9 @@ def environment(**extra: str) -> dict[str, str]:
     return {**kept, "HF_HUB_OFFLINE": "1", **extra}
 
 
-def start(arguments: Sequence[str], *, cwd: Path, command: Sequence[str] = ("bash", str(LAUNCHER))) -> subprocess.Popen[str]:
+def start(
+    arguments: Sequence[str], *, cwd: Path, command: Sequence[str] = ("bash", str(LAUNCHER))
+) -> subprocess.Popen[str]:
     """Start a launcher in a process group of its own."""
     return subprocess.Popen(
         [*command, *arguments],
@@ -49,7 +59,9 @@ def kill(process: subprocess.Popen[str]) -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
-def run(arguments: Sequence[str], *, cwd: Path, command: Sequence[str] = ("bash", str(LAUNCHER)), timeout_s: float = 180) -> str:
+def run(
+    arguments: Sequence[str], *, cwd: Path, command: Sequence[str] = ("bash", str(LAUNCHER)), timeout_s: float = 180
+) -> str:
     """Output of a launcher that must succeed."""
     code, output = finish(start(arguments, cwd=cwd, command=command), timeout_s=timeout_s)
     assert code == 0, f"exit code {code}; the output ends with:\n{output[-4000:]}"

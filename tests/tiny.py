@@ -33,7 +33,9 @@ def requests(shards: ShardSet, clips: list[int], conversations: list[int] | None
     return [Request(s, tuple(conversations or range(len(s.record.conversations)))) for s in samples]
 
 
-def make_batch(system: SwimSystem, shards: ShardSet, clips: list[int], conversations: list[int] | None = None) -> SwimBatch:
+def make_batch(
+    system: SwimSystem, shards: ShardSet, clips: list[int], conversations: list[int] | None = None
+) -> SwimBatch:
     """One padded batch."""
     return system.collator(requests(shards, clips, conversations))
 

@@ -11,7 +11,8 @@ USAGE = "usage: deepspeed launch/train.sh [--config RECIPE] [section.key=value .
 
 
 def parse_arguments(arguments: list[str]) -> tuple[str, list[str]]:
-    """Recipe and overrides; SystemExit with the usage for anything else. Launchers add --local_rank=N, which is dropped."""
+    """Recipe and overrides; SystemExit with the usage for anything else. Launchers add --local_rank=N, which is
+    dropped."""
     recipe, overrides = DEFAULT_RECIPE, []
     rest = iter(arguments)
     for argument in rest:
@@ -22,7 +23,7 @@ def parse_arguments(arguments: list[str]) -> tuple[str, list[str]]:
             recipe = next(rest, "")
         elif argument.startswith("--config="):
             recipe = argument.removeprefix("--config=")
-        elif argument.startswith("--local_rank") or argument.startswith("--local-rank"):
+        elif argument.startswith(("--local_rank", "--local-rank")):
             if "=" not in argument:
                 next(rest, None)
         elif argument.startswith("-") or "=" not in argument:
@@ -37,7 +38,8 @@ def parse_arguments(arguments: list[str]) -> tuple[str, list[str]]:
 def main(arguments: list[str] | None = None) -> None:
     """Parse, check and train; a mistake of the user ends in one clear message and exit code 2.
 
-    With `--placement` first, print the number of processes the recipe wants on this node and a free port, and do nothing else.
+    With `--placement` first, print the number of processes the recipe wants on this node and a free port, and do
+    nothing else.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     placement = arguments[:1] == ["--placement"]
@@ -62,7 +64,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _num_gpus() -> int:
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+    listed = (
+        subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+    )
     return max(1, len(listed.stdout.splitlines())) if listed else 1
 
 

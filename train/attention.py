@@ -1,9 +1,10 @@
 """Attention capture: noun rows in, maps out, from an unmodified transformers model.
 
-`register_capture` adds an attention function beside the stock ones and points the *text* part of a model at it. The function
-calls its base backend (sdpa, flash_attention_2, ...) unchanged; where a `Capture` travels along as the model kwarg `capture`,
-it also computes the noun maps of the supervised layers with `swim.kernels`. No fork, no patch, no state outside the Capture.
-Cost per supervised layer: N x V x H dot products for N noun rows and V visual keys, one N x V fp32 map kept.
+`register_capture` adds an attention function beside the stock ones and points the *text* part of a model at it. The
+function calls its base backend (sdpa, flash_attention_2, ...) unchanged; where a `Capture` travels along as the model
+kwarg `capture`, it also computes the noun maps of the supervised layers with `swim.kernels`. No fork, no patch, no
+state outside the Capture. Cost per supervised layer: N x V x H dot products for N noun rows and V visual keys, one N x
+V fp32 map kept.
 """
 
 from typing import Any
@@ -22,10 +23,17 @@ class Capture:
     """Collects the maps of one forward call; make a new one for each call."""
 
     def __init__(
-        self, table: WorkTable, layers: tuple[int, ...], *, detach: bool = False, measure: bool = False, backend: Backend = "auto"
+        self,
+        table: WorkTable,
+        layers: tuple[int, ...],
+        *,
+        detach: bool = False,
+        measure: bool = False,
+        backend: Backend = "auto",
     ) -> None:
         self.table, self.layers, self.detach, self.measure, self.backend = table, layers, detach, measure, backend
-        self.gradient_squares: dict[int, Tensor] = {}  # layer -> (2,) squared norms of d(mask loss)/dq and /dk, filled by backward
+        # layer -> (2,) squared norms of d(mask loss)/dq and /dk, filled by the backward pass
+        self.gradient_squares: dict[int, Tensor] = {}
         self._maps: dict[int, Tensor] = {}
         self._open = True
 
@@ -42,18 +50,19 @@ class Capture:
             self._maps[layer] = flat
 
     def maps(self) -> dict[int, Tensor]:
-        """Flat fp32 maps by layer, after the forward; RuntimeError when a layer is missing or a training map has no gradient."""
+        """Flat fp32 maps by layer, after the forward; RuntimeError when a layer is missing or a training map has no
+        gradient."""
         self._open = False
         if missing := [layer for layer in self.layers if layer not in self._maps]:
             raise RuntimeError(
-                f"no attention map came from layers {missing} (seen: {sorted(self._maps)}): the model does not use the capture "
-                "attention function, or has fewer layers; call register_capture(model) and check the layer list"
+                f"no attention map came from layers {missing} (seen: {sorted(self._maps)}): the model does not use the "
+                "capture attention function, or has fewer layers; call register_capture(model), check the layer list"
             )
         dead = [layer for layer, flat in self._maps.items() if not flat.requires_grad]
         if dead and not self.detach and torch.is_grad_enabled() and self.table.num_rows:
             raise RuntimeError(
-                f"the maps of layers {dead} carry no gradient, so a loss on them would train nothing: activation checkpointing "
-                "is reentrant, or every parameter below these layers is frozen; use "
+                f"the maps of layers {dead} carry no gradient, so a loss on them would train nothing: activation "
+                "checkpointing is reentrant, or every parameter below these layers is frozen; use "
                 'gradient_checkpointing_enable({"use_reentrant": False}) or train the attention projections'
             )
         maps, self._maps = self._maps, {}
@@ -61,7 +70,8 @@ class Capture:
 
 
 class _GradientNorm(torch.autograd.Function):
-    """Identity that notes the squared norm of the gradient passing through: on the map branch, that of the mask loss alone."""
+    """Identity that notes the squared norm of the gradient passing through: on the map branch, that of the mask loss
+    alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, store: dict[int, Tensor], layer: int, slot: int) -> Tensor:
@@ -76,12 +86,15 @@ class _GradientNorm(torch.autograd.Function):
 
 
 def register_capture(model: PreTrainedModel) -> str:
-    """Point the text layers of `model` at a capturing copy of their attention backend and return its registered name."""
+    """Point the text layers of `model` at a capturing copy of their attention backend and return its registered
+    name."""
     base = model.config.get_text_config()._attn_implementation
     if base.startswith("swim_"):
         return base
     if base == "eager":
-        raise ValueError("eager attention is not a registered function that could be wrapped; load the model with 'sdpa'")
+        raise ValueError(
+            "eager attention is not a registered function that could be wrapped; load the model with 'sdpa'"
+        )
     # The name keeps the base's: transformers chooses mask forms and cu_seqlens by the word "flash" in it.
     name = f"swim_{base}"
 
@@ -89,8 +102,9 @@ def register_capture(model: PreTrainedModel) -> str:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         capture: Capture | None = kwargs.pop(MODEL_KWARG, None)
-        if capture is not None and module.layer_idx in capture.layers:
-            capture.observe(module.layer_idx, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+        layer: Any = module.layer_idx
+        if capture is not None and layer in capture.layers:
+            capture.observe(layer, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
         # Looked up at call time, so that a backend registered or replaced later is the one that runs.
         return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **kwargs)
 
@@ -104,7 +118,8 @@ def register_capture(model: PreTrainedModel) -> str:
 
 
 def enable_checkpointing(model: PreTrainedModel, *, reentrant: bool = False) -> None:
-    """Switch activation checkpointing on; non-reentrant, because reentrant recomputation cuts the maps off the graph."""
+    """Switch activation checkpointing on; non-reentrant, because reentrant recomputation cuts the maps off the
+    graph."""
     # transformers 5.23 renamed the method and deprecates the old name; 5.17 knows only the old one.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or have no name: hidden folder, barrier, manifest with hashes, rename.
 
-DeepSpeed alone writes files under their final names and a `latest` that can point at half of them. Its state files are pickles:
-they are loaded only from a folder whose manifest verifies.
+DeepSpeed alone writes files under their final names and a `latest` that can point at half of them. Its state files are
+pickles: they are loaded only from a folder whose manifest verifies.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from swim import __version__
 from swim.data_tools.plan import PlanState
@@ -29,7 +29,8 @@ class CheckpointError(RuntimeError):
 
 
 def save_checkpoint(engine: Any, folder: Path, step: int, state: PlanState, world: World) -> Path:
-    """Write `folder`/step_XXXXXXXX: engine state, order and random state of every rank; returns its path on all ranks."""
+    """Write `folder`/step_XXXXXXXX: engine state, order and random state of every rank; returns its path on all
+    ranks."""
     hidden, final = folder / f".incoming_{step:08d}", folder / f"step_{step:08d}"
     if world.is_main:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -59,7 +60,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(engine: Any, path: Path, world: World) -> PlanState:
-    """Verify `path` and load it into the engine; CheckpointError if a file is missing, changed, or from another world size."""
+    """Verify `path` and load it into the engine; CheckpointError if a file is missing, changed, or from another world
+    size."""
     manifest = json.loads((path / MANIFEST).read_text())
     problems: list[str] = []
     if world.is_main:
@@ -72,13 +74,12 @@ def load_checkpoint(engine: Any, path: Path, world: World) -> PlanState:
         raise CheckpointError(f"{path}: {'; '.join(problems)}: delete this folder to resume from the one before it")
     if manifest["world"] != world.size:
         raise CheckpointError(
-            f"{path}: written by {manifest['world']} ranks, this run has {world.size}; start it with {manifest['world']} ranks"
+            f"{path}: written by {manifest['world']} ranks, this run has {world.size}; "
+            f"start it with {manifest['world']} ranks"
         )
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:
-        raise CheckpointError(f"{path}: the engine found no state in it; delete this folder to resume from the one before it")
-    from safetensors.torch import load_file
-
+        raise CheckpointError(f"{path}: the engine found no state; delete this folder to resume from the one before it")
     torch.set_rng_state(load_file(path / f"rng_rank{world.rank:05d}.safetensors")["cpu"])
     return PlanState(**manifest["plan"])
 

@@ -8,7 +8,9 @@ import typer
 
 from swim.data_tools.cli import app as data_app
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Fine-grained video understanding by attention supervision.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Fine-grained video understanding by attention supervision."
+)
 app.add_typer(data_app, name="data")
 
 Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
@@ -26,7 +28,9 @@ def train(context: typer.Context) -> None:
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Folders of one or two finished runs; the first is the baseline.")],
     data: Annotated[Path, typer.Option(help="Folder of held-out shards.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for results.json and report.html; default: the last run.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.json and report.html; default: the last run.")
+    ] = None,
 ) -> None:
     """Predict, score and report: answers, alignment of noun attention with masks, and a page to look at."""
     from swim.train.demo import evaluate_runs, print_results
@@ -37,8 +41,12 @@ def evaluate(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("runs/demo"),
-    seed: Annotated[list[int] | None, typer.Option(help="Seed of model and order; give several for a table over seeds.")] = None,
-    short: Annotated[bool, typer.Option("--short", help="A few steps only: checks the path, shows nothing about the method.")] = False,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed of model and order; give several for a table over seeds.")
+    ] = None,
+    short: Annotated[
+        bool, typer.Option("--short", help="A few steps only: checks the path, shows nothing about the method.")
+    ] = False,
     table: Annotated[Path | None, typer.Option(help="Write the table over the seeds into this Markdown file.")] = None,
 ) -> None:
     """Train the tiny model with and without supervision and write a report about the difference."""

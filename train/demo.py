@@ -1,7 +1,9 @@
-"""`swim demo`: the same tiny model trained twice, as plain fine-tuning and with noun-attention supervision, then compared.
+"""`swim demo`: the same tiny model trained twice, as plain fine-tuning and with noun-attention supervision, then
+compared.
 
-Both arms are real runs of launch/train.sh (DeepSpeed ZeRO-3, two processes) that differ in `system.mask_weight` alone. Nothing is
-chosen: the held-out clips are the first of another seed's, and every figure comes from the files the runs wrote.
+Both arms are real runs of launch/train.sh (DeepSpeed ZeRO-3, two processes) that differ in `system.mask_weight` alone.
+Nothing is chosen: the held-out clips are the first of another seed's, and every figure comes from the files the runs
+wrote.
 """
 
 import json
@@ -68,7 +70,8 @@ def run_demo(out: Path, *, seed: int, short: bool = False) -> dict[str, Any]:
 
 
 def evaluate_runs(runs: Mapping[str, Path], data: Path, out: Path) -> dict[str, Any]:
-    """Predict and score every run over the shards in `data`; writes results.json, scores.jsonl and report.html into `out`."""
+    """Predict and score every run over the shards in `data`; writes results.json, scores.jsonl and report.html into
+    `out`."""
     from swim.evaluation.report import ArmFiles, write_report
     from swim.evaluation.scores import score, write_results
     from swim.train.predict import load_run, predict
@@ -78,7 +81,9 @@ def evaluate_runs(runs: Mapping[str, Path], data: Path, out: Path) -> dict[str, 
         predictions = run / "evaluation" / "predictions.jsonl"
         ids = predict(run, data, predictions.parent)
         scored[arm] = {**score(predictions, expected_ids=ids), **json.loads((run / "done.json").read_text())}
-        files[arm] = ArmFiles(predictions=predictions, metrics=run / "metrics.jsonl", quarantine=run / "quarantine.jsonl")
+        files[arm] = ArmFiles(
+            predictions=predictions, metrics=run / "metrics.jsonl", quarantine=run / "quarantine.jsonl"
+        )
     config = load_run(next(iter(runs.values())))
     protocol = {"system": config.system, "answers": "greedy, normalised exact match", "maps": "teacher-forced"}
     results = write_results(out / "results.json", scored, provenance=provenance(runs, data), protocol=protocol)
@@ -122,7 +127,9 @@ def print_results(results: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    arms = [name for name, part in results.items() if isinstance(part, dict) and "accuracy" in part and name != "difference"]
+    arms = [
+        name for name, part in results.items() if isinstance(part, dict) and "accuracy" in part and name != "difference"
+    ]
     table = Table("metric", *arms, *(["difference"] if "difference" in results else []))
     for metric in HEADLINE:
         cells = [_estimate(results[arm][metric]) for arm in arms]
@@ -141,8 +148,9 @@ def write_table(path: Path, folders: Mapping[int, Path]) -> None:
     lines = [
         "# What the demo shows, over seeds",
         "",
-        f"Made by `swim demo {seeds} --table {path}`; nothing here is written by hand. One row per seed of model and order;",
-        "values with 95 % intervals (bootstrap over held-out clips), `difference` is supervised minus sft, paired by clip.",
+        f"Made by `swim demo {seeds} --table {path}`; nothing here is written by hand. One row per seed of model and",
+        "order; values with 95 % intervals (bootstrap over held-out clips); `difference` is supervised minus sft, paired",
+        "by clip.",
         "",
         "| seed | metric | sft | supervised | difference |",
         "| --- | --- | --- | --- | --- |",
@@ -150,7 +158,9 @@ def write_table(path: Path, folders: Mapping[int, Path]) -> None:
     for seed, result in results.items():
         for metric in HEADLINE:
             cells = [_estimate(result[arm][metric]) for arm in ARMS]
-            lines.append(f"| {seed} | {metric} | {' | '.join(cells)} | {_estimate(result['difference'][metric], sign='+')} |")
+            lines.append(
+                f"| {seed} | {metric} | {' | '.join(cells)} | {_estimate(result['difference'][metric], sign='+')} |"
+            )
     lines += ["", "| metric over seeds | sft: min, mean, max | supervised: min, mean, max |", "| --- | --- | --- |"]
     for metric in (*HEADLINE, "seconds", "peak_memory_mib"):
         cells = []

@@ -40,7 +40,8 @@ class Order:
         return self._plans[epoch]
 
     def packs(self, step: int, rank: int, size: int) -> list[Pack | None]:
-        """This rank's packs of a step counted over the whole run; None is a dummy pack. Every rank gets equally many."""
+        """This rank's packs of a step counted over the whole run; None is a dummy pack. Every rank gets equally
+        many."""
         epoch, step = divmod(step, self.steps_per_epoch)
         own = self.plan(epoch).rank_packs(step, rank, size)
         # The last step of an epoch may have fewer packs: accumulation is fixed in the engine, so dummies fill it up.
@@ -79,12 +80,15 @@ class _Steps(Dataset[list[Batch]]):
         return self.collator(requests, holes)
 
 
-def load_steps(order: Order, collator: Collator, *, start: int, stop: int, rank: int, size: int, workers: int) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of steps [start, stop), one list per step, prefetched by `workers` processes in step order."""
+def load_steps(
+    order: Order, collator: Collator, *, start: int, stop: int, rank: int, size: int, workers: int
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of steps [start, stop), one list per step, prefetched by `workers` processes in step
+    order."""
     loader: DataLoader[list[Batch]] = DataLoader(
         _Steps(order, collator, rank, size),
         batch_size=None,
-        sampler=range(start, stop),  # type: ignore[arg-type]  # any iterable with a length
+        sampler=range(start, stop),
         num_workers=workers,
         worker_init_fn=_one_thread if workers else None,
     )

@@ -1,7 +1,8 @@
 """The training loop: next packs -> forward -> terms -> guard -> backward -> step -> log -> maybe save.
 
-A system hands over sums; the loop divides them by the whole step's counts over all ranks and micro-batches, so the loss is a mean
-over nouns and answer tokens of the step, not a mean of means, and the gradient is the same for any number of ranks.
+A system hands over sums; the loop divides them by the whole step's counts over all ranks and micro-batches, so the loss
+is a mean over nouns and answer tokens of the step, not a mean of means, and the gradient is the same for any number of
+ranks.
 """
 
 import json
@@ -57,7 +58,7 @@ def train(config: Config) -> Path:
             save_checkpoint(engine, folder / "checkpoints", done, order.state(done), world)
     metrics.close()
     if stop == config.run.steps:
-        save_model(engine, folder / "model", system.collator.encoder.tokenizer, world)
+        save_model(engine, folder / "model", system.tokenizer, world)
         _finish(folder, world, time.perf_counter() - began)
     world.close()
     return folder
@@ -95,7 +96,9 @@ def train_step(
         if world.is_main:
             append_jsonl(config.run.folder / "quarantine.jsonl", lines)
     elapsed = time.perf_counter() - began
-    values = {name: totals[name] / max(counts[name.removeprefix("loss/")], 1) for name in totals if name.startswith("loss/")}
+    values = {
+        name: totals[name] / max(counts[name.removeprefix("loss/")], 1) for name in totals if name.startswith("loss/")
+    }
     weights = {f"loss/{name}": term.weight for name, term in loss.terms.items()}
     values["loss/total"] = sum(weights[name] * value for name, value in values.items())
     # Undo the engine factor: what is logged is the gradient of the loss above, whatever the number of ranks.
@@ -129,7 +132,8 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def engine_config(config: Config, micro_batches: int, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration: the named file plus what this program computes (batch sizes, type, clipping, rates)."""
+    """The DeepSpeed configuration: the named file plus what this program computes (batch sizes, type, clipping,
+    rates)."""
     folder = Path(__file__).resolve().parent.parent / "ds_configs"
     path = next((p for p in (folder / f"{config.deepspeed}.json", Path(config.deepspeed)) if p.is_file()), None)
     if path is None:
@@ -152,7 +156,8 @@ def _build_engine(config: Config, system: System, micro_batches: int, world: Wor
     fields = engine_config(config, micro_batches, world.size)
     from transformers.integrations import HfDeepSpeedConfig
 
-    # While it lives, transformers makes (and loads) every parameter partitioned; zero.Init alone breaks its initialisation.
+    # While it lives, transformers makes (and loads) every parameter partitioned; zero.Init alone breaks its
+    # initialisation.
     partitioned = HfDeepSpeedConfig(fields)
     model = system.build_model()
     model.train()
@@ -162,7 +167,8 @@ def _build_engine(config: Config, system: System, micro_batches: int, world: Wor
 
 
 def _prepare(config: Config, world: World) -> None:
-    """Run folder, resolved configuration and, where asked for, synthetic data: made by the main rank, awaited by all."""
+    """Run folder, resolved configuration and, where asked for, synthetic data: made by the main rank, awaited by
+    all."""
     folder, synth = config.run.folder, config.data.synth
     problem = None
     if world.is_main:
@@ -173,7 +179,9 @@ def _prepare(config: Config, world: World) -> None:
         resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         saved = folder / "config.yaml"
         if saved.exists() and _identity(yaml.safe_load(saved.read_text())) != _identity(yaml.safe_load(resolved)):
-            problem = f"{folder} holds a run with another configuration; give run.name another value or remove the folder"
+            problem = (
+                f"{folder} holds a run with another configuration; give run.name another value or remove the folder"
+            )
         else:
             saved.write_text(resolved)
     if problem := world.gather(problem)[0]:
@@ -182,7 +190,9 @@ def _prepare(config: Config, world: World) -> None:
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     # What may change between the parts of one run: when it saves, logs and stops, how it is launched and loaded.
-    run = {k: v for k, v in config["run"].items() if k not in ("save_every", "log_every", "stop_after", "output", "name")}
+    run = {
+        k: v for k, v in config["run"].items() if k not in ("save_every", "log_every", "stop_after", "output", "name")
+    }
     data = {k: v for k, v in config["data"].items() if k not in ("workers", "max_bad", "train", "synth")}
     return {**config, "run": run, "data": data, "launch": None}
 
@@ -206,8 +216,8 @@ def _guard(totals: dict[str, float], batches: list[Batch], progress: Progress, c
     ids = [name for batch in batches for name in batch.ids]
     found = [name for names in world.gather(ids) for name in names]
     raise TrainingError(
-        f"step {progress.step}: the loss is not finite; samples of the step: {', '.join(found)}. Nothing was updated; lower "
-        f"optim.lr ({config.optim.lr}), look at these samples, or resume from the last checkpoint"
+        f"step {progress.step}: the loss is not finite; samples of the step: {', '.join(found)}. Nothing was updated; "
+        f"lower optim.lr ({config.optim.lr}), look at these samples, or resume from the last checkpoint"
     )
 
 

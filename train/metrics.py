@@ -23,7 +23,13 @@ class Metrics:
         self._start, self._steps, self._began, self._said = start, steps, time.perf_counter(), 0.0
         self._progress: Progress | None = None
         if path and self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self._progress = Progress(*columns, console=self._console)
             self._task = self._progress.add_task("train", total=steps, completed=start)
             self._progress.start()
@@ -33,14 +39,23 @@ class Metrics:
         if self._file is None:
             return
         if write:
-            self._file.write(json.dumps({"step": step, **{name: _short(value) for name, value in values.items()}}) + "\n")
-        text = "  ".join(f"{name} {values[name]:.4g}" for name in ("loss/text", "loss/mask", "lr", "tokens_per_s", "data_wait") if name in values)
+            self._file.write(
+                json.dumps({"step": step, **{name: _short(value) for name, value in values.items()}}) + "\n"
+            )
+        text = "  ".join(
+            f"{name} {values[name]:.4g}"
+            for name in ("loss/text", "loss/mask", "lr", "tokens_per_s", "data_wait")
+            if name in values
+        )
         if self._progress:
             self._progress.update(self._task, completed=step, description=text)
         elif (now := time.perf_counter()) - self._said > PLAIN_EVERY_S or step == self._steps:
             self._said = now
             left = (now - self._began) / max(step - self._start, 1) * (self._steps - step)
-            print(f"step {step}/{self._steps}  {text}  peak_memory_mib {values['peak_memory_mib']:.0f}  remaining {left:.0f} s", flush=True)
+            memory = values["peak_memory_mib"]
+            print(
+                f"step {step}/{self._steps}  {text}  peak_memory_mib {memory:.0f}  remaining {left:.0f} s", flush=True
+            )
 
     def close(self) -> None:
         """Stop the progress bar and close the file."""
@@ -71,7 +86,8 @@ def count_lines(path: Path) -> int:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Drop lines of a JSONL file beyond `step`, and a torn last line: what a resumed run does again is then said once."""
+    """Drop lines of a JSONL file beyond `step`, and a torn last line: what a resumed run does again is then said
+    once."""
     if not path.exists():
         return
     kept = []

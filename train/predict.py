@@ -1,4 +1,5 @@
-"""Predictions of a trained run over held-out shards: answers and noun maps, one JSON line per conversation, resumable."""
+"""Predictions of a trained run over held-out shards: answers and noun maps, one JSON line per conversation,
+resumable."""
 
 import json
 from pathlib import Path
@@ -47,10 +48,15 @@ def predict(run: Path, data: Path, out: Path, *, device: str = "cpu") -> list[st
 
 
 def load_run(run: Path) -> Config:
-    """Config of a finished run with its trained model in place of the one it started from; FileNotFoundError if it is not finished."""
+    """Config of a finished run with its trained model in place of the one it started from; FileNotFoundError if it is
+    not finished."""
     if not (run / "done.json").exists():
-        raise FileNotFoundError(f"{run / 'done.json'} is missing: the run is not finished; resume it with the same command")
-    return load_config(run / "config.yaml", [f"model.path={run / 'model'}", "model.config=null", "model.tokenizer=null"])
+        raise FileNotFoundError(
+            f"{run / 'done.json'} is missing: the run is not finished; resume it with the same command"
+        )
+    return load_config(
+        run / "config.yaml", [f"model.path={run / 'model'}", "model.config=null", "model.tokenizer=null"]
+    )
 
 
 def _units(config: Config, shards: ShardSet) -> list[tuple[int, tuple[int, ...]]]:

@@ -1,4 +1,5 @@
-"""What the loop asks of a system: batches, a model, loss terms, predictions. The loop knows nothing else about any of them."""
+"""What the loop asks of a system: batches, a model, loss terms, predictions. The loop knows nothing else about any of
+them."""
 
 import importlib
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from swim.train.config import Config
 
 @dataclass(frozen=True)
 class Term:
-    """One part of the loss: the sum over this micro-batch; the loop divides by the whole step's count of the same name."""
+    """One part of the loss: the sum over this micro-batch; the loop divides by the whole step's count of the same
+    name."""
 
     sum: Tensor
     weight: float
@@ -56,6 +58,7 @@ class System(Protocol):
     """A training method, built from the whole config by `systems/<name>/model.py:build`."""
 
     collator: Collator
+    tokenizer: Any  # saved beside the model
 
     def build_model(self) -> nn.Module:
         """The model to be wrapped by the engine (under ZeRO-3 its parameters are partitioned as they are made)."""

@@ -69,7 +69,8 @@ def init_world(timeout_s: float = 1800.0) -> World:
     import deepspeed  # after DS_ACCELERATOR is set
 
     if device.type == "cpu":
-        # The shared-memory collective is compiled on first use, a minute with a compiler and fatal without; gloo does without it.
+        # The shared-memory collective is compiled on first use, a minute with a compiler and fatal without; gloo does
+        # without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False, auto_mpi_discovery=False)
     return World(rank, size, device)

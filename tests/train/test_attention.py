@@ -1,4 +1,5 @@
-"""Promise: captured maps and their gradients equal those of eager attention, and a map without a gradient is an error."""
+"""Promise: captured maps and their gradients equal those of eager attention, and a map without a gradient is an
+error."""
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def build(shards, *overrides):
 
 
 def eager_maps(model: nn.Module, batch: SwimBatch, segments_of_clip) -> dict[int, torch.Tensor]:
-    """The oracle: rows of the full attention matrix, cut to each segment's keys and renormalised, averaged over heads."""
+    """The oracle: rows of the full attention matrix, cut to each segment's keys and renormalised, averaged over
+    heads."""
     text = model.config.get_text_config()
     keep = text._attn_implementation
     model.set_attn_implementation({"text_config": "eager"})

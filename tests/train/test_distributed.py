@@ -1,4 +1,5 @@
-"""Promise: two ZeRO-3 processes compute what one plain torch loop does, whatever the ranks hold; runs resume bit for bit."""
+"""Promise: two ZeRO-3 processes compute what one plain torch loop does, whatever the ranks hold; runs resume bit for
+bit."""
 
 import json
 import math
@@ -32,7 +33,11 @@ def mixed(tmp_path_factory) -> Path:
         for number in range(6):
             turns = [Turn(role="user", text="is a circle round ?"), Turn(role="assistant", text="yes")]
             record = Record(
-                source="test", license="CC0-1.0", media=[], objects=[], conversations=[Conversation(task="text", turns=turns)]
+                source="test",
+                license="CC0-1.0",
+                media=[],
+                objects=[],
+                conversations=[Conversation(task="text", turns=turns)],
             )
             writer.write(f"text_{number}", record, {}, {})
     base = load_config("tiny_cpu", ["data.synth=null"])
@@ -56,7 +61,9 @@ def from_base(mixed: Path) -> list[str]:
 
 def test_two_ranks_equal_a_plain_torch_loop(mixed, tmp_path):
     # Three packs on two ranks: rank 1 fills its second micro-batch with a dummy pack.
-    options = arguments(mixed, "run.name=two", "run.steps=5", "data.packs_per_step=3", "run.seed=4", "system.gradient_every=0")
+    options = arguments(
+        mixed, "run.name=two", "run.steps=5", "data.packs_per_step=3", "run.seed=4", "system.gradient_every=0"
+    )
     run(options, cwd=tmp_path)
 
     config = load_config("tiny_cpu", options[2:])
@@ -64,7 +71,9 @@ def test_two_ranks_equal_a_plain_torch_loop(mixed, tmp_path):
     nouns_by_rank = [
         [sum(b.counts["mask"] for b in load_step(order, system, step, rank, 2)) for rank in (0, 1)] for step in range(4)
     ]
-    assert any(0 in nouns and max(nouns) > 0 for nouns in nouns_by_rank), f"one rank must be text-only once: {nouns_by_rank}"
+    assert any(0 in nouns and max(nouns) > 0 for nouns in nouns_by_rank), (
+        f"one rank must be text-only once: {nouns_by_rank}"
+    )
     assert any(0 < nouns[0] != nouns[1] > 0 for nouns in nouns_by_rank), f"uneven nouns must occur: {nouns_by_rank}"
 
     model = system.build_model().train()
@@ -107,8 +116,19 @@ def load_step(order, system, step, rank, size):
 
 
 def test_the_mask_loss_alone_trains_every_supervised_layer_under_zero3_and_checkpointing(mixed, tmp_path):
-    only_mask = ["system.text_weight=0", "system.gradient_every=1", "model.checkpointing=true", "data.tasks=[direction]"]
-    options = [*TINY, f"data.train=[{mixed / 'clips'}]", f"deepspeed={mixed / 'engine.json'}", *from_base(mixed), *only_mask]
+    only_mask = [
+        "system.text_weight=0",
+        "system.gradient_every=1",
+        "model.checkpointing=true",
+        "data.tasks=[direction]",
+    ]
+    options = [
+        *TINY,
+        f"data.train=[{mixed / 'clips'}]",
+        f"deepspeed={mixed / 'engine.json'}",
+        *from_base(mixed),
+        *only_mask,
+    ]
     run([*options, "run.name=mask", "run.steps=3", "data.packs_per_step=2"], cwd=tmp_path)
     for line in metrics(tmp_path / "runs" / "mask"):
         for name in ("q1", "k1", "q3", "k3"):

@@ -32,7 +32,8 @@ class SwimSystem:
             self.tokenizer = load_tokenizer(model.path)
             self.model_config = AutoConfig.from_pretrained(model.path)
         else:
-            assert model.tokenizer is not None and model.config is not None
+            assert model.tokenizer is not None  # ModelConfig gives both or neither
+            assert model.config is not None
             self.tokenizer = train_tokenizer(model.tokenizer)
             self.model_config = _inline_config(model.config, self.tokenizer)
         self._check_layers()
@@ -51,14 +52,17 @@ class SwimSystem:
             model = AutoModelForImageTextToText.from_pretrained(source.path, dtype=dtype, attn_implementation=attention)
         else:
             torch.manual_seed(self.config.run.seed)
-            model = AutoModelForImageTextToText.from_config(self.model_config, dtype=dtype, attn_implementation=attention)
+            model = AutoModelForImageTextToText.from_config(
+                self.model_config, dtype=dtype, attn_implementation=attention
+            )
         register_capture(model)
         if source.checkpointing:
             enable_checkpointing(model)
         for pattern in source.freeze:
             matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
             if not matched:
-                raise ValueError(f"model.freeze: {pattern!r} matches no parameter; names look like {next(model.named_parameters())[0]!r}")
+                example = next(model.named_parameters())[0]
+                raise ValueError(f"model.freeze: {pattern!r} matches no parameter; names look like {example!r}")
             for parameter in matched:
                 parameter.requires_grad_(False)
         return model
@@ -69,7 +73,10 @@ class SwimSystem:
         trained = [p for p in model.parameters() if p.requires_grad]
         matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
         vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
-        groups = [{"params": matrices, "weight_decay": self.config.optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        groups = [
+            {"params": matrices, "weight_decay": self.config.optim.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         return [group for group in groups if group["params"]]
 
     def loss(self, model: nn.Module, batch: Batch, progress: Progress) -> Loss:
@@ -82,7 +89,8 @@ class SwimSystem:
         return loss
 
     def after_backward(self) -> dict[str, float]:
-        """Squared gradient norms of the mask loss alone at q and k of each supervised layer, when they were measured."""
+        """Squared gradient norms of the mask loss alone at q and k of each supervised layer, when they were
+        measured."""
         squares: dict[str, float] = {}
         for capture in self._captures:
             for layer in capture.layers:

@@ -28,7 +28,8 @@ def noun_maps(maps: Mapping[int, Tensor], batch: SwimBatch) -> list[Tensor]:
 
 
 def swim_loss(model: nn.Module, batch: SwimBatch, config: Config, *, measure: bool) -> tuple[Loss, Capture]:
-    """Text and mask terms of one micro-batch; `measure` notes the mask loss's gradient norms in the returned Capture."""
+    """Text and mask terms of one micro-batch; `measure` notes the mask loss's gradient norms in the returned
+    Capture."""
     supervise = config.mask_weight > 0
     capture = Capture(batch.table, tuple(config.layers), detach=not supervise, measure=measure and supervise)
     output = model(**batch.inputs, use_cache=False, logits_to_keep=batch.label_columns, **{MODEL_KWARG: capture})

@@ -1,0 +1,53 @@
+# Everything runs in a virtual environment inside the clone; `make demo` and `make test` set it up on first use.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+# One thread per process: on few cores more threads only wait for each other.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: env demo demo-short test test-all lint bench format schema clean
+
+env: $(STAMP)
+
+# torch comes first and exactly pinned: a range would fetch gigabytes of CUDA packages on a machine without a GPU.
+# torchvision serves one test as an oracle. Its wheel does not import beside CPU torch, so it stays out of the environment.
+$(STAMP): setup.py constraints.txt
+	test -x $(BIN)/python || $$(command -v $(PYTHON) || command -v python3) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target $(VENV)/torchvision "$$(sed -n 's/^# oracle: //p' constraints.txt)"
+	touch $@
+
+demo: env
+	$(BIN)/swim demo
+
+demo-short: env
+	$(BIN)/swim demo --short --out runs/demo-short
+
+test: env
+	$(BIN)/python -m pytest -q
+
+test-all: env
+	$(BIN)/python -m pytest -q -m "not gpu and not slurm and not bench"
+
+bench: env
+	$(BIN)/python -m pytest -q -m bench
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh .ci/run
+	bash -n launch/train.sh
+	$(BIN)/python -W error -c "compile(open('launch/train.sh').read(), 'launch/train.sh', 'exec')"
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info
