@@ -1,0 +1,172 @@
+"""Promise: maps and gradients are those of the formula, row by row and head by head, for any rows and keys."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from swim.kernels.noun_attention import ClipKeys, WorkTable, build_work_table, noun_attention
+
+SCALE = 0.3
+LENGTH = 60
+# Two clips in batch row 1 (one of a single key), one in row 0, and one in row 2 that no row looks at.
+CLIPS = [ClipKeys(1, 5, (3, 2, 4)), ClipKeys(1, 40, (1, 1, 1)), ClipKeys(2, 2, (2, 2, 2)), ClipKeys(0, 7, (4, 3, 2))]
+ROWS = [(0, 58), (0, 30), (0, 30), (1, 59), (3, 50), (3, 35), (3, 3)]
+
+
+def scattered(clip: ClipKeys) -> ClipKeys:
+    """The same clip with its keys anywhere in the sequence, out of order."""
+    num_keys = clip.grid[0] * clip.grid[1] * clip.grid[2]
+    places = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(num_keys))[:num_keys]
+    return clip._replace(index=places.tolist())
+
+
+def inputs(groups: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    kv_heads, dim = 2, 16
+    q = 2 * torch.randn(3, kv_heads * groups, LENGTH, dim, generator=generator)
+    k = 2 * torch.randn(3, kv_heads, LENGTH, dim, generator=generator)
+    return q.to(dtype), k.to(dtype)
+
+
+def naive(q: Tensor, k: Tensor, rows: Sequence[tuple[int, int]], clips: Sequence[ClipKeys], scope: str) -> list[Tensor]:
+    """The formula as it is written, in float64: for each row, segment and head one softmax."""
+    q, k = q.double(), k.double()
+    group = q.shape[1] // k.shape[1]
+    maps = []
+    for number, position in rows:
+        clip = clips[number]
+        steps, height, width = clip.grid
+        size = height * width
+        places = clip.index if clip.index is not None else range(clip.start, clip.start + steps * size)
+        segments = (
+            [list(places)[t * size : (t + 1) * size] for t in range(steps)] if scope == "frame" else [list(places)]
+        )
+        pieces = []
+        for segment in segments:
+            total = 0
+            for head in range(q.shape[1]):
+                scores = [
+                    SCALE * (q[clip.batch, head, position] * k[clip.batch, head // group, j]).sum() for j in segment
+                ]
+                total = total + torch.stack(scores).softmax(0)
+            pieces.append(total / q.shape[1])
+        maps.append(torch.cat(pieces))
+    return maps
+
+
+@pytest.mark.parametrize("keys", ["contiguous", "scattered", "mixed"])
+@pytest.mark.parametrize("scope", ["frame", "clip"])
+@pytest.mark.parametrize("groups", [1, 2, 7])
+def test_maps_and_gradients_equal_the_formula(groups, scope, keys):
+    moved = {"contiguous": [], "scattered": [0, 1, 2, 3], "mixed": [0]}[keys]
+    clips = [scattered(clip) if i in moved else clip for i, clip in enumerate(CLIPS)]
+    table = build_work_table(ROWS, clips, scope)
+    q, k = (x.requires_grad_() for x in inputs(groups))
+    want = naive(q, k, ROWS, clips, scope)
+    got = noun_attention(q, k, table, scale=SCALE)
+    assert got.dtype == torch.float32
+    assert table.map_sizes == [len(row) for row in want]
+    want = torch.cat(want)
+    torch.testing.assert_close(got, want.float(), atol=1e-6, rtol=1e-5)
+    # Weights that differ from cell to cell: the gradient of a softmax's plain sum is zero.
+    weights = torch.randn(len(got), generator=torch.Generator().manual_seed(1))
+    want_grads = torch.autograd.grad((want * weights).sum(), (q, k))
+    got_grads = torch.autograd.grad((got * weights).sum(), (q, k))
+    for got_grad, want_grad in zip(got_grads, want_grads):
+        assert want_grad.abs().max() > 1e-2
+        torch.testing.assert_close(got_grad, want_grad.float(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["frame", "clip"])
+def test_every_segment_is_a_distribution(scope):
+    flat = noun_attention(*inputs(2), build_work_table(ROWS, CLIPS, scope), scale=SCALE)
+    maps = flat.split(build_work_table(ROWS, CLIPS, scope).map_sizes)
+    for (number, _), row in zip(ROWS, maps):
+        sums = row.view(CLIPS[number].grid[0] if scope == "frame" else 1, -1).sum(1)
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+def test_a_single_key_gets_everything_and_passes_no_gradient():
+    q, k = (x.requires_grad_() for x in inputs(2))
+    flat = noun_attention(q, k, build_work_table([(0, 59)], [CLIPS[1]]), scale=SCALE)
+    assert flat.tolist() == [1.0]
+    (grad,) = torch.autograd.grad(flat.sum(), q)
+    assert grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("clips", [[], CLIPS])
+def test_no_rows_give_an_empty_map(clips):
+    table = build_work_table([], clips)
+    flat = noun_attention(*inputs(2), table, scale=SCALE)
+    assert (flat.shape, flat.dtype, table.num_rows, table.map_sizes) == ((0,), torch.float32, 0, [])
+
+
+def test_half_precision_inputs_cost_the_map_nothing():
+    """Scores are taken in fp32: the only error is that of rounding q and k themselves."""
+    q, k = inputs(7, torch.bfloat16)
+    flat = noun_attention(q, k, build_work_table(ROWS, CLIPS), scale=SCALE)
+    assert flat.dtype == torch.float32
+    want = torch.cat(naive(q, k, ROWS, CLIPS, "frame")).float()
+    torch.testing.assert_close(flat, want, atol=1e-5, rtol=1e-5)
+
+
+def test_large_scores_stay_finite():
+    q, k = (100 * x.requires_grad_() for x in inputs(2))
+    flat = noun_attention(q, k, build_work_table(ROWS, CLIPS), scale=SCALE)
+    grads = torch.autograd.grad(flat.square().sum(), (q, k))
+    assert all(torch.isfinite(x).all() for x in (flat, *grads))
+
+
+def test_strides_do_not_matter():
+    """Attention backends hand over views: (B, L, H, D) seen as (B, H, L, D)."""
+    table = build_work_table(ROWS, CLIPS)
+    q, k = inputs(2)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
+    assert not any(view.is_contiguous() for view in views)
+    torch.testing.assert_close(
+        noun_attention(*views, table, scale=SCALE), noun_attention(q, k, table, scale=SCALE), atol=0, rtol=0
+    )
+
+
+def test_rows_look_at_their_own_clip_alone():
+    q, k = inputs(2)
+    table = build_work_table(ROWS, CLIPS)
+    before = noun_attention(q, k, table, scale=SCALE)
+    changed = k.clone()
+    changed[2] += 1  # another batch row
+    changed[1, :, 29:40] += 1  # behind clip 0, before clip 1
+    changed[0, :, :7] += 1
+    assert torch.equal(noun_attention(q, changed, table, scale=SCALE), before)
+
+
+def test_a_table_moves_as_a_whole():
+    for clips in (CLIPS, [scattered(CLIPS[0])]):
+        rows = ROWS if clips is CLIPS else ROWS[:2]
+        moved = build_work_table(rows, clips).to("meta")
+        assert isinstance(moved, WorkTable)
+        tensors = [value for value in vars(moved).values() if isinstance(value, Tensor)]
+        assert len(tensors) == (2 if clips is CLIPS else 3)
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_errors_name_what_is_wrong():
+    q, k = inputs(2)
+    table = build_work_table(ROWS, CLIPS)
+    with pytest.raises(
+        ValueError, match=r"rows must be sorted by clip and name one of 4 clips, got clips \[1, 0\]; sort"
+    ):
+        build_work_table([(1, 3), (0, 3)], CLIPS)
+    with pytest.raises(ValueError, match=r"name one of 4 clips, got clips \[0, 4\]"):
+        build_work_table([(0, 3), (4, 3)], CLIPS)
+    with pytest.raises(ValueError, match=r"got clips \[-1\]"):
+        build_work_table([(-1, 3)], CLIPS)
+    with pytest.raises(ValueError, match=r"clip 1 has a 3x2x4 grid but 3 key positions; give 24"):
+        build_work_table([], [CLIPS[1], CLIPS[0]._replace(index=[1, 2, 3])])
+    with pytest.raises(ValueError, match=r"softmax scope is 'full'; use 'frame' or 'clip'"):
+        build_work_table(ROWS, CLIPS, "full")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"backend is 'cuda'; use 'auto' or 'torch'"):
+        noun_attention(q, k, table, scale=SCALE, backend="cuda")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"3 query heads are not a multiple of 2 kv heads"):
+        noun_attention(q[:, :3], k, table, scale=SCALE)
