@@ -9,7 +9,7 @@ from pycocotools import mask as coco
 from torch import Tensor
 
 from swim.data_tools.records import Masks, RecordError, Rle
-from swim.data_tools.rle import cell_coverage
+from swim.data_tools.rle import cell_coverage, decode_mask, encode_mask
 from swim.data_tools.shards import BadSample, Sample
 from swim.data_tools.video import VideoError, choose_frames, decode_frames
 from swim.kernels.noun_attention import Scope
@@ -135,6 +135,11 @@ def step_coverage(
 def _union(rles: Sequence[Rle]) -> Rle:
     if len(rles) == 1:
         return rles[0]
+    height, width = max(rle.size for rle in rles)
+    if any(rle.size != (height, width) for rle in rles):  # merge would give an empty string
+        rows, columns = np.arange(height), np.arange(width)
+        masks = [decode_mask(rle)[rows[:, None] * rle.size[0] // height, columns * rle.size[1] // width] for rle in rles]
+        return Rle(**encode_mask(np.any(masks, axis=0)))
     merged = coco.merge([{"size": list(rle.size), "counts": rle.counts.encode("ascii")} for rle in rles])
     return Rle(size=rles[0].size, counts=merged["counts"].decode("ascii"))
 
