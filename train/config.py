@@ -6,6 +6,7 @@ known one. Each system adds a section of its own under `system`, validated by th
 
 import difflib
 import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -178,12 +179,20 @@ class Config(Section):
             raise ValueError(_explain(error, section, ("system",))) from None
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader; 1e-4 is a number as people type it (YAML 1.1 wants 1.0e-4 and would read a string)."""
+
+
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe (a path, or the name of a file in recipes/) and apply `section.key=value` overrides; ConfigError if unusable."""
     file = _find(path)
     try:
-        data = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        data = yaml.load(file.read_text(), _Loader)
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as YAML ({error})") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: holds {type(data).__name__}, not sections of a run; see recipes/tiny_cpu.yaml")
@@ -221,12 +230,10 @@ def _apply(data: dict[str, Any], override: str) -> None:
         data = data[section]
         if not isinstance(data, dict):
             raise ConfigError(f"override {override!r}: {section!r} is a value, not a section")
-    # YAML reads 1e-4 as a string (it wants 1.0e-4); JSON numbers are what people type.
-    parsed = yaml.safe_load(value)
     try:
-        data[last] = float(parsed) if isinstance(parsed, str) and parsed[:1] in "-+.0123456789" else parsed
-    except ValueError:
-        data[last] = parsed
+        data[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML ({error}); quote it") from None
 
 
 def _explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str, ...] = ()) -> str:

@@ -137,8 +137,8 @@ def _union(rles: Sequence[Rle]) -> Rle:
         return rles[0]
     height, width = max(rle.size for rle in rles)
     if any(rle.size != (height, width) for rle in rles):  # merge would give an empty string
-        rows, columns = np.arange(height), np.arange(width)
-        masks = [decode_mask(rle)[rows[:, None] * rle.size[0] // height, columns * rle.size[1] // width] for rle in rles]
+        y, x = np.mgrid[:height, :width]
+        masks = [decode_mask(rle)[y * rle.size[0] // height, x * rle.size[1] // width] for rle in rles]
         return Rle(**encode_mask(np.any(masks, axis=0)))
     merged = coco.merge([{"size": list(rle.size), "counts": rle.counts.encode("ascii")} for rle in rles])
     return Rle(size=rles[0].size, counts=merged["counts"].decode("ascii"))
