@@ -121,6 +121,8 @@ def write_results(
     """
     if not 1 <= len(arms) <= 2:
         raise ValueError(f"one or two arms can be reported, not {len(arms)}")
+    if reserved := {"difference", "protocol", "provenance"} & set(arms):
+        raise ValueError(f"an arm cannot be named {reserved.pop()!r}: results.json uses that key itself")
     results: dict[str, Any] = {name: {k: v for k, v in arm.items() if k != "units"} for name, arm in arms.items()}
     if len(arms) == 2:
         results["difference"] = compare(*arms.values(), seed=seed)

@@ -9,13 +9,13 @@ Build = Callable[..., dict[str, Any]]
 
 
 def _noun(object_id: str, x: int, look: int, *, width: int = 4, steps: int = 2) -> dict[str, Any]:
-    """A noun "circle" at 12:18 whose object fills column x of a 2 x width grid and whose map lies on column `look`."""
+    """A noun "circle" at 13:19 whose object fills column x of a 2 x width grid and whose map lies on column `look`."""
     column = lambda at, value: [[value if i == at else 0.0 for i in range(width)] for _ in range(2)]  # noqa: E731
     return {
         "text": "circle",
         "turn": 0,
-        "start": 12,
-        "end": 18,
+        "start": 13,
+        "end": 19,
         "object_ids": [object_id],
         "frames": [[2 * step, 2 * step + 1] for step in range(steps)],
         "map": [column(look, 0.5)] * steps,
