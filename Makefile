@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: env demo demo-short test test-all lint bench format schema clean
+.PHONY: env demo demo-short test test-all lint bench format docs demo-seeds clean
 
 env: $(STAMP)
 
@@ -48,6 +48,15 @@ lint: env
 format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The generated pages; the tests check that they are current.
+docs: env
+	$(BIN)/python -c "from swim.train.reference import reference; print(reference(), end='')" > docs/config.md
+	$(BIN)/swim data schema > data_tools/record.schema.json
+
+# docs/demo.md: the demo on three seeds, about five minutes each on two cores.
+demo-seeds: env
+	$(BIN)/swim demo --out runs/demo-seeds --seed 0 --seed 1 --seed 2 --table docs/demo.md
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

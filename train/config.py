@@ -263,3 +263,4 @@ def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[st
             break
         model = inner
     return list(model.model_fields)
+

@@ -144,7 +144,7 @@ class SwimSystem:
             "coverage": [None if c is None else np.round(c, 6).tolist() for c in batch.coverages[number]],
         }
 
-    def _answers(self, model: nn.Module, batch: Batch) -> list[str]:
+    def _answers(self, model: Any, batch: Batch) -> list[str]:
         """Greedy answers by the stock `generate`; prompts are the training prompts, left-padded."""
         rows, longest = len(batch.ids), max(batch.prompt_lengths)
         ids = torch.full((rows, longest), self.collator.pad_token, device=batch.inputs["input_ids"].device)
