@@ -16,6 +16,14 @@ def test_value_is_the_mean_over_all_values() -> None:
     assert cluster_bootstrap({"a": [1.0], "b": [0.0, 0.0]}, seed=0)["value"] == pytest.approx(1 / 3)
 
 
+def test_interval_weighs_clips_by_their_questions_like_the_value() -> None:
+    short = {f"short{i}": [1.0] for i in range(10)}
+    got = cluster_bootstrap(short | {f"long{i}": [0.0] * 19 for i in range(10)}, seed=0)
+    assert got["value"] == pytest.approx(0.05)
+    assert got["interval"] is not None
+    assert 0 < got["interval"][0] < 0.05 < got["interval"][1] < 0.2  # not around 0.5, the mean of the clips' means
+
+
 def test_interval_covers_the_truth_about_as_often_as_it_says() -> None:
     rng = np.random.default_rng(0)
     hits = 0
