@@ -67,6 +67,7 @@ thead th {{ color: var(--soft); font-weight: 500; font-size: 13px; vertical-alig
 tbody th {{ font-weight: 500; }}
 td.key {{ font-weight: 650; }}
 td {{ overflow-wrap: anywhere; }}
+td table {{ margin: -7px 0 -8px; }}
 .row {{ display: flex; flex-wrap: wrap; gap: 0 72px; align-items: flex-start; }}
 .scroll {{ max-height: 300px; overflow: auto; }}
 .card {{ background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 15px 18px;
