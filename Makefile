@@ -35,7 +35,7 @@ test-all: env
 	$(BIN)/python -m pytest -q -m "not gpu and not slurm and not bench"
 
 bench: env
-	$(BIN)/python -m pytest -q -m bench
+	$(BIN)/python -m pytest -q -s -m bench
 
 lint: env
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The `swim` command: data, train, evaluate, demo."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -62,11 +63,15 @@ def demo(
 
 def main() -> None:
     """Run the command; what a user can mend is one message and exit code 2."""
+    # Before torch is imported: on a few cores a second thread only waits for the first.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from swim.train.config import ConfigError
+    from swim.train.demo import DemoError
 
     try:
         app()
-    except (ConfigError, ValueError, FileNotFoundError) as error:
+    except (ConfigError, DemoError, ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

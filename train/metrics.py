@@ -42,20 +42,18 @@ class Metrics:
             self._file.write(
                 json.dumps({"step": step, **{name: _short(value) for name, value in values.items()}}) + "\n"
             )
-        text = "  ".join(
-            f"{name} {values[name]:.4g}"
-            for name in ("loss/text", "loss/mask", "lr", "tokens_per_s", "data_wait")
-            if name in values
-        )
+        shown = ("loss/text", "loss/mask", "lr", "tokens_per_s", "data_wait", "peak_memory_mib")
+        text = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
+        if values["holes"]:
+            self._console.print(
+                f"step {step}: {values['holes']:.0f} conversations could not be read, see quarantine.jsonl"
+            )
         if self._progress:
             self._progress.update(self._task, completed=step, description=text)
         elif (now := time.perf_counter()) - self._said > PLAIN_EVERY_S or step == self._steps:
             self._said = now
             left = (now - self._began) / max(step - self._start, 1) * (self._steps - step)
-            memory = values["peak_memory_mib"]
-            print(
-                f"step {step}/{self._steps}  {text}  peak_memory_mib {memory:.0f}  remaining {left:.0f} s", flush=True
-            )
+            print(f"step {step}/{self._steps}  {text}  remaining {left:.0f} s", flush=True)
 
     def close(self) -> None:
         """Stop the progress bar and close the file."""

@@ -21,7 +21,7 @@ def expected_ids(config: Config, shards: ShardSet) -> list[str]:
     return [f"{shards.entries[clip].key}#{i}" for clip, conversations in units for i in conversations]
 
 
-def predict(run: Path, data: Path, out: Path, *, device: str = "cpu") -> list[str]:
+def predict(run: Path, data: Path, out: Path) -> list[str]:
     """Write `out`/predictions.jsonl for the finished run's model over the shards in `data`; returns the expected ids.
 
     Lines that are there already are kept. A sample that cannot be read becomes a line with its error.
@@ -29,7 +29,7 @@ def predict(run: Path, data: Path, out: Path, *, device: str = "cpu") -> list[st
     config = load_run(run)
     shards = ShardSet(data)
     system = build_system(config)
-    model = system.build_model().eval().to(device)
+    model = system.build_model().eval().to("cuda" if torch.cuda.is_available() else "cpu")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "predictions.jsonl"
     done = {json.loads(line)["id"] for line in path.read_text().splitlines()} if path.exists() else set()
