@@ -438,7 +438,7 @@ def test_positions_equal_the_models_own(system, model):
         ((3, 5, 1), 0.7),
         ((8, 1, 1), 1 / 3),
         ((1, 4, 4), 2.0),
-        ((7, 2, 3), 1.15),
+        ((6, 2, 3), 1.9),  # 5 x 3.8 is 19 in float32 and a little less in float64
     ]
     conversations = [ask("is the [circle] there ? " * (1 + i)) for i in range(len(cases))]
     batch = padded(system.collator.encoder, *((c, clip_of(*case)) for c, case in zip(conversations, cases)))
@@ -461,6 +461,7 @@ def test_positions_equal_the_models_own(system, model):
     before=st.integers(0, 3),
     after=st.integers(0, 3),
 )
+@example(grid=(6, 1, 1), seconds=1.9, before=0, after=0)
 def test_positions_equal_the_models_own_for_any_rate(model, grid, seconds, before, after):
     size = int(np.prod(grid))
     types = np.array([0] * before + [2] * size + [0] * after)
@@ -498,8 +499,13 @@ def test_a_batch_mixes_text_only_rows_and_clips(system, model):
     text, video = ask("which way does the [circle] move ?", "left"), ask("is there a [star] ?")
     batch = padded(system.collator.encoder, (text, None), (video, clip_of((2, 2, 3), 0.5)))
     assert [noun.row for noun in batch.nouns] == [1], "without a clip there is nothing to look at"
-    special = system.collator.encoder.special
-    assert (batch.inputs["input_ids"] == special.video).sum(1).tolist() == [0, 12], "a real clip needs no dummy"
+    is_video = batch.inputs["input_ids"] == system.collator.encoder.special.video
+    assert is_video.sum(1).tolist() == [0, 12], "a real clip needs no dummy"
+    ((row, first_key, num_keys),) = batch.table.clip_keys
+    assert [row] * num_keys == is_video.nonzero()[:, 0].tolist()
+    assert list(range(first_key, first_key + num_keys)) == is_video.nonzero()[:, 1].tolist()
+    assert batch.table.row_batch.tolist() == [1] * len(batch.nouns[0].tokens)
+    assert batch.table.row_position.tolist() == list(batch.nouns[0].tokens)
     alone = padded(system.collator.encoder, (text, None))
     with torch.no_grad():
         logits = [model(**b.inputs, use_cache=False).logits[0] for b in (batch, alone)]
