@@ -6,8 +6,8 @@ With map m, coverage c in [0, 1] and cells j of the unit:
     kl    p_j = c_j / sum(c),  m'_j = m_j / sum(m):   KL(p || m') = sum_j p_j (log p_j - log m'_j)
     bce   mean_j  -( c_j log m_j + (1 - c_j) log(1 - m_j) )                                             (SWIM Eq. 7)
 
-The result is sum_u weight_u * loss_u; with weights 1 / (units of the noun) it is the sum over nouns of their mean loss. `kl`
-renormalises the map over the unit, so steps without annotation carry no loss in any scope.
+The result is sum_u weight_u * loss_u; with weights 1 / (units of the noun) it is the sum over nouns of their mean loss.
+`kl` renormalises the map over the unit, so steps without annotation carry no loss in any scope.
 
 Shape suffixes: Y supervised cells, all units one behind the other; U units.
 """
@@ -23,10 +23,14 @@ LossKind = Literal["kl", "bce"]
 MIN_PROBABILITY = 1e-12
 
 
-def mask_loss(map_Y: Tensor, coverage_Y: Tensor, unit_lengths_U: Tensor, unit_weights_U: Tensor, *, kind: LossKind) -> Tensor:
-    """Weighted sum of the units' losses, fp32 scalar, differentiable in the map; every unit of `kl` needs some coverage.
+def mask_loss(
+    map_Y: Tensor, coverage_Y: Tensor, unit_lengths_U: Tensor, unit_weights_U: Tensor, *, kind: LossKind
+) -> Tensor:
+    """Weighted sum of the units' losses, fp32 scalar, differentiable in the map; every unit of `kl` needs some
+    coverage.
 
-    Raises ValueError for an unknown kind. Sources: SWIM Eq. 7 (`bce`); `kl` is the cross-entropy of a soft target less its entropy.
+    Raises ValueError for an unknown kind. Sources: SWIM Eq. 7 (`bce`); `kl` is the cross-entropy of a soft target less
+    its entropy.
     """
     map_Y, coverage_Y = map_Y.float(), coverage_Y.float()
     if kind == "kl":

@@ -1,9 +1,9 @@
 """From records to one padded batch: spans -> tokens -> noun rows, positions, labels.
 
-The chat template is rendered once per shape of conversation, with a private-use mark where each text belongs; the texts are then
-set in, so the character span of every mention is known in the rendered string and its tokens follow from the tokenizer's offset
-mapping. Nothing searches for words: " dog" and "dog" are different tokens, and a twin earlier in the prompt would steal the label.
-Everything here is picklable CPU work for loader workers; the model is not needed.
+The chat template is rendered once per shape of conversation, with a private-use mark where each text belongs; the texts
+are then set in, so the character span of every mention is known in the rendered string and its tokens follow from the
+tokenizer's offset mapping. Nothing searches for words: " dog" and "dog" are different tokens, and a twin earlier in the
+prompt would steal the label. Everything here is picklable CPU work for loader workers; the model is not needed.
 """
 
 import re
@@ -27,7 +27,8 @@ _MARKS = re.compile("\ue000(\\d+)\ue001")
 
 @dataclass(frozen=True)
 class Clip:
-    """One decoded clip: patch rows (T*H*W, values), token grid (T, h, w), the stored frames behind each temporal step."""
+    """One decoded clip: patch rows (T*H*W, values), token grid (T, h, w), the stored frames behind each temporal
+    step."""
 
     key: str
     patches: Tensor
@@ -38,7 +39,8 @@ class Clip:
 
 @dataclass(frozen=True)
 class Noun:
-    """A mention whose head owns rows of the batch: its place in the conversation, its objects and its tokens in the sequence."""
+    """A mention whose head owns rows of the batch: its place in the conversation, its objects and its tokens in the
+    sequence."""
 
     row: int  # batch row
     turn: int
@@ -75,24 +77,30 @@ class SpecialTokens:
 
 
 class ConversationEncoder:
-    """Turns a conversation into tokens with labels and noun rows; holds the tokenizer and the rendered template shapes."""
+    """Turns a conversation into tokens with labels and noun rows; holds the tokenizer and the rendered template
+    shapes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, special: SpecialTokens) -> None:
         if not tokenizer.is_fast:
             raise ValueError("the tokenizer has no offset mapping (it is not a fast one); load it with use_fast=True")
         self.tokenizer, self.special = tokenizer, special
-        self.video_text = tokenizer.convert_ids_to_tokens(special.video)
+        self.video_text = str(tokenizer.convert_ids_to_tokens(special.video))
         self._control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._shapes: dict[tuple[Any, ...], str] = {}
 
     def __call__(self, conversation: Conversation, *, name: str, num_video_tokens: int, row: int = 0) -> Encoded:
-        """Encode one conversation about a clip of `num_video_tokens` tokens (0: text only); RecordError names `name`."""
+        """Encode one conversation about a clip of `num_video_tokens` tokens (0: text only); RecordError names
+        `name`."""
         for number, turn in enumerate(conversation.turns):
             self._refuse_control_tokens(turn.text, f"{name}: turns[{number}].text")
         text, starts = self._render(conversation, with_video=num_video_tokens > 0)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = np.array(encoding["input_ids"], dtype=np.int64), np.array(encoding["offset_mapping"], dtype=np.int64)
-        # Composing normalisation (NFC) leaves the accent of a decomposed character to no token: the token before gets it.
+        ids, offsets = (
+            np.array(encoding["input_ids"], dtype=np.int64),
+            np.array(encoding["offset_mapping"], dtype=np.int64),
+        )
+        # Composing normalisation (NFC) leaves the accent of a decomposed character to no token: the token before gets
+        # it.
         offsets[:-1, 1] = np.maximum(offsets[:-1, 1], offsets[1:, 0])
 
         def tokens_of(start: int, end: int) -> np.ndarray:
@@ -114,14 +122,25 @@ class ConversationEncoder:
                 if mention.kind == "noun" and mention.object_ids:
                     tokens = tokens_of(start + mention.head[0], start + mention.head[1])
                     head = turn.text[slice(*mention.head)]
-                    nouns.append(Noun(row, number, mention.start, mention.end, head, tuple(mention.object_ids), tuple(map(int, tokens))))
+                    nouns.append(
+                        Noun(
+                            row,
+                            number,
+                            mention.start,
+                            mention.end,
+                            head,
+                            tuple(mention.object_ids),
+                            tuple(map(int, tokens)),
+                        )
+                    )
         return self._insert_video(Encoded(ids, np.zeros_like(ids), labels, nouns, answer_start), num_video_tokens)
 
     def _render(self, conversation: Conversation, *, with_video: bool) -> tuple[str, list[int]]:
         shape = (with_video, *(turn.role for turn in conversation.turns))
         if shape not in self._shapes:
             self._shapes[shape] = self._render_shape(shape)
-        text, starts = "", []
+        text = ""
+        starts: list[int] = []
         for piece in _MARKS.split(self._shapes[shape])[::2]:
             text += piece
             if len(starts) < len(conversation.turns):
@@ -140,13 +159,15 @@ class ConversationEncoder:
             }
             for number, role in enumerate(roles)
         ]
-        rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        rendered = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False))
         if [int(number) for number in _MARKS.findall(rendered)] != list(range(len(roles))):
-            raise ValueError(f"the chat template drops, repeats or reorders turns of roles {roles}; give a template that keeps them")
+            raise ValueError(
+                f"the chat template drops, repeats or reorders turns of roles {roles}; give a template that keeps them"
+            )
         if rendered.count(self.video_text) != int(with_video):
             raise ValueError(
-                f"the chat template writes {rendered.count(self.video_text)} {self.video_text} for {int(with_video)} video; "
-                "give a template with one placeholder per video"
+                f"the chat template writes {rendered.count(self.video_text)} {self.video_text} for {int(with_video)} "
+                "video; give a template with one placeholder per video"
             )
         return rendered
 
@@ -175,15 +196,23 @@ class ConversationEncoder:
     def _refuse_control_tokens(self, text: str, where: str) -> None:
         # A tokenizer turns "<|im_end|>" inside a text into the real token: it would end the turn or claim a video.
         if found := next((token for token in self._control if token in text), None):
-            raise RecordError(f"{where}: contains the control token {found!r} at character {text.index(found)}; remove or rewrite it")
+            raise RecordError(
+                f"{where}: contains the control token {found!r} at character {text.index(found)}; remove or rewrite it"
+            )
         if "\ue000" in text:
-            raise RecordError(f"{where}: contains the private-use character U+E000 at {text.index(chr(0xE000))}; remove it")
+            raise RecordError(
+                f"{where}: contains the private-use character U+E000 at {text.index(chr(0xE000))}; remove it"
+            )
 
 
-def mrope_positions(types: np.ndarray, clips: Sequence[tuple[tuple[int, int, int], float]], tokens_per_second: float) -> np.ndarray:
-    """Multimodal RoPE positions (3, L) of one sequence: text counts on, a clip (grid, seconds per step) spans time, row, column.
+def mrope_positions(
+    types: np.ndarray, clips: Sequence[tuple[tuple[int, int, int], float]], tokens_per_second: float
+) -> np.ndarray:
+    """Multimodal RoPE positions (3, L) of one sequence: text counts on, a clip (grid, seconds per step) spans time,
+    row, column.
 
-    After a clip, text goes on at the clip's start plus the longer side of its grid. Source: Qwen2.5-VL (arXiv 2502.13923), 2.1.
+    After a clip, text goes on at the clip's start plus the longer side of its grid. Source: Qwen2.5-VL (arXiv
+    2502.13923), 2.1.
     """
     positions = np.empty((3, len(types)), dtype=np.int64)
     remaining, at, position = list(clips), 0, 0
@@ -196,7 +225,9 @@ def mrope_positions(types: np.ndarray, clips: Sequence[tuple[tuple[int, int, int
             (steps, height, width), seconds = remaining.pop(0)
             end = at + steps * height * width
             # float32 as in the model, which truncates the product: float64 would differ at exact multiples.
-            time = (np.arange(steps, dtype=np.float32) * np.float32(np.float32(seconds) * np.float32(tokens_per_second))).astype(np.int64)
+            time = (
+                np.arange(steps, dtype=np.float32) * np.float32(np.float32(seconds) * np.float32(tokens_per_second))
+            ).astype(np.int64)
             grid = np.stack(np.meshgrid(time, np.arange(height), np.arange(width), indexing="ij"))
             positions[:, at:end] = position + grid.reshape(3, -1)
             position += max(height, width)
@@ -260,12 +291,16 @@ def pad_batch(
     pad_token: int,
     holes: Sequence[Hole] = (),
 ) -> Batch:
-    """Right-pad encoded conversations (id, tokens, clip) into one batch; without any clip, a one-token dummy clip is appended.
+    """Right-pad encoded conversations (id, tokens, clip) into one batch; without any clip, a one-token dummy clip is
+    appended.
 
-    The dummy stands behind the last token of row 0, where causal attention hides it from every label; it makes the vision tower
-    run on every rank in every micro-batch, as ZeRO-3's collectives need. With no rows at all the batch is such a dummy alone.
+    The dummy stands behind the last token of row 0, where causal attention hides it from every label; it makes the
+    vision tower run on every rank in every micro-batch, as ZeRO-3's collectives need. With no rows at all the batch is
+    such a dummy alone.
     """
-    encoded = [e for _, e, _ in rows] or [Encoded(*(np.array([value]) for value in (pad_token, 0, IGNORE)), nouns=[], answer_start=1)]
+    encoded = [e for _, e, _ in rows] or [
+        Encoded(np.array([pad_token]), np.array([0]), np.array([IGNORE]), nouns=[], answer_start=1)
+    ]
     clips: list[Clip | None] = [clip for _, _, clip in rows] or [None]
     pixels = [clip.patches for clip in clips if clip is not None]
     grids = [clip.grid for clip in clips if clip is not None]
@@ -286,18 +321,20 @@ def pad_batch(
     shape = (len(encoded), max(len(e.ids) for e in encoded))
     ids, types, mask = np.full(shape, pad_token), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     labels, positions = np.full(shape, IGNORE), np.zeros((3, *shape), dtype=np.int64)
-    keys, row_clips, noun_rows, nouns = [], {}, [], []
+    keys: list[ClipKeys] = []
+    noun_rows: list[tuple[int, int]] = []
+    nouns: list[Noun] = []
     for row, e in enumerate(encoded):
         length = len(e.ids)
         ids[row, :length], types[row, :length], mask[row, :length], labels[row, :length] = e.ids, e.types, 1, e.labels
         positions[:, row, :length] = mrope_positions(e.types, clips_of_row[row], geometry.tokens_per_second)
         if (clip := clips[row]) is not None:
-            row_clips[row] = len(keys)
-            keys.append(ClipKeys(row, int(np.argmax(e.types == 2)), clip.grid))
             nouns += [replace(noun, row=row) for noun in e.nouns]
-            noun_rows += [(row_clips[row], token) for noun in e.nouns for token in noun.tokens]
+            noun_rows += [(len(keys), token) for noun in e.nouns for token in noun.tokens]
+            keys.append(ClipKeys(row, int(np.argmax(e.types == 2)), clip.grid))
 
-    # Logits are taken only where a label is predicted: at 152 000 tokens of vocabulary they are the largest tensor of a step.
+    # Logits are taken only where a label is predicted: at 152 000 tokens of vocabulary they are the largest tensor of a
+    # step.
     label_rows, label_positions = np.nonzero(labels != IGNORE)
     columns, slots = np.unique(label_positions - 1, return_inverse=True)
     merge = geometry.merge_size

@@ -1,7 +1,7 @@
 """The run configuration: one YAML file, one pydantic model, one line of documentation per field.
 
-`load_config(path, ["optim.lr=1e-4"])` reads a recipe and applies overrides; an unknown key is an error that names the nearest
-known one. Each system adds a section of its own under `system`, validated by that system's `Config`.
+`load_config(path, ["optim.lr=1e-4"])` reads a recipe and applies overrides; an unknown key is an error that names the
+nearest known one. Each system adds a section of its own under `system`, validated by that system's `Config`.
 """
 
 import difflib
@@ -158,7 +158,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
-    launch: LaunchConfig = LaunchConfig()
+    launch: LaunchConfig = LaunchConfig(ranks=None)
     deepspeed: str = "zero3_cpu"
     """A file of ds_configs/ by name, or a path to a DeepSpeed JSON file."""
     system: dict[str, Any]
@@ -188,7 +188,8 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe (a path, or the name of a file in recipes/) and apply `section.key=value` overrides; ConfigError if unusable."""
+    """Read a recipe (a path, or the name of a file in recipes/) and apply `section.key=value` overrides; ConfigError if
+    unusable."""
     file = _find(path)
     try:
         data = yaml.load(file.read_text(), _Loader)
@@ -249,7 +250,9 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str, 
             lines.append(f"{where}: missing; give a value")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            shown = "" if message.startswith(where) or isinstance(item["input"], dict) else f", got {item['input']!r:.80}"
+            shown = (
+                "" if message.startswith(where) or isinstance(item["input"], dict) else f", got {item['input']!r:.80}"
+            )
             lines.append(message if message.startswith(("system", "model.", "give")) else f"{where}: {message}{shown}")
     return "\n".join(lines)
 
@@ -263,4 +266,3 @@ def _fields_at(model: type[BaseModel], location: Sequence[str | int]) -> list[st
             break
         model = inner
     return list(model.model_fields)
-

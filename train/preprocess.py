@@ -2,8 +2,9 @@
 
     resize (bicubic, antialiased) to multiples of patch * merge within the pixel budget, normalise, cut into patches
 
-A patch row holds channel x temporal_patch x patch x patch values; rows run over t, then over merge x merge blocks, so that each
-block of merge^2 rows becomes one visual token. Equal to Qwen2VLVideoProcessor (tests/train/test_preprocess.py).
+A patch row holds channel x temporal_patch x patch x patch values; rows run over t, then over merge x merge blocks, so
+that each block of merge^2 rows becomes one visual token. Equal to Qwen2VLVideoProcessor
+(tests/train/test_preprocess.py).
 """
 
 import math
@@ -18,7 +19,8 @@ from swim.data_tools.video import VideoError
 
 
 class Geometry(BaseModel):
-    """How a model family cuts video into tokens; patch sizes in pixels and frames, means and deviations of pixels in [0, 1]."""
+    """How a model family cuts video into tokens; patch sizes in pixels and frames, means and deviations of pixels in
+    [0, 1]."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     patch_size: int
@@ -51,7 +53,8 @@ class Geometry(BaseModel):
 
 
 def smart_resize(height: int, width: int, cell: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width rounded to multiples of `cell`, scaled into [min_pixels, max_pixels] at nearly the same aspect ratio.
+    """Height and width rounded to multiples of `cell`, scaled into [min_pixels, max_pixels] at nearly the same aspect
+    ratio.
 
     Raises VideoError beyond an aspect ratio of 200. Source: the resize rule of Qwen2-VL's processor.
     """
@@ -74,7 +77,7 @@ def patchify(
 
     An odd last frame is repeated to fill its temporal patch. `min_pixels` and `max_pixels` are per frame.
     """
-    height, width = smart_resize(*frames.shape[1:3], geometry.cell, min_pixels, max_pixels)
+    height, width = smart_resize(frames.shape[1], frames.shape[2], geometry.cell, min_pixels, max_pixels)
     video = torch.from_numpy(frames).permute(0, 3, 1, 2)
     if (height, width) != video.shape[-2:]:
         # On uint8, as the stock processor does: its result is rounded to whole grey levels before normalisation.

@@ -1,4 +1,5 @@
-"""Tokenizers: a pretrained one from its folder, or a small byte-level BPE with Qwen's control tokens for models built from a config."""
+"""Tokenizers: a pretrained one from its folder, or a small byte-level BPE with Qwen's control tokens for models built
+from a config."""
 
 from typing import Any
 
@@ -31,9 +32,11 @@ _CHAT_TEMPLATE = (
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """Tokenizer of a pretrained model; ValueError if it has no chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
     if tokenizer.chat_template is None:
-        raise ValueError(f"{path}: the tokenizer has no chat template; add the model's chat_template.jinja to its folder")
+        raise ValueError(
+            f"{path}: the tokenizer has no chat template; add the model's chat_template.jinja to its folder"
+        )
     return tokenizer
 
 
@@ -62,7 +65,7 @@ def train_tokenizer(config: TokenizerConfig) -> PreTrainedTokenizerFast:
 
 def control_token_fields(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """The config fields of a Qwen2.5-VL model that name control tokens, with this tokenizer's ids."""
-    ids = dict(zip(CONTROL_TOKENS, tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))))
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in CONTROL_TOKENS}
     return {
         "video_token_id": ids["<|video_pad|>"],
         "image_token_id": ids["<|image_pad|>"],

@@ -1,6 +1,8 @@
-"""Measures, on a CPU, what supervision adds to a training step; `make bench` prints it. Nothing here passes or fails on time.
+"""Measures, on a CPU, what supervision adds to a training step; `make bench` prints it. Nothing here passes or fails on
+time.
 
-The three kinds of step take turns, so that a busy machine disturbs all of them alike; only ratios within one run mean anything.
+The three kinds of step take turns, so that a busy machine disturbs all of them alike; only ratios within one run mean
+anything.
 """
 
 import json

@@ -19,7 +19,7 @@ def scattered(clip: ClipKeys) -> ClipKeys:
     """The same clip with its keys anywhere in the sequence, out of order."""
     num_keys = clip.grid[0] * clip.grid[1] * clip.grid[2]
     places = torch.randperm(LENGTH, generator=torch.Generator().manual_seed(num_keys))[:num_keys]
-    return clip._replace(index=places.tolist())
+    return clip._replace(positions=places.tolist())
 
 
 def inputs(groups: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ def naive(q: Tensor, k: Tensor, rows: Sequence[tuple[int, int]], clips: Sequence
         clip = clips[number]
         steps, height, width = clip.grid
         size = height * width
-        places = clip.index if clip.index is not None else range(clip.start, clip.start + steps * size)
+        places = clip.positions if clip.positions is not None else range(clip.start, clip.start + steps * size)
         segments = (
             [list(places)[t * size : (t + 1) * size] for t in range(steps)] if scope == "frame" else [list(places)]
         )
@@ -163,7 +163,7 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match=r"got clips \[-1\]"):
         build_work_table([(-1, 3)], CLIPS)
     with pytest.raises(ValueError, match=r"clip 1 has a 3x2x4 grid but 3 key positions; give 24"):
-        build_work_table([], [CLIPS[1], CLIPS[0]._replace(index=[1, 2, 3])])
+        build_work_table([], [CLIPS[1], CLIPS[0]._replace(positions=[1, 2, 3])])
     with pytest.raises(ValueError, match=r"softmax scope is 'full'; use 'frame' or 'clip'"):
         build_work_table(ROWS, CLIPS, "full")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"backend is 'cuda'; use 'auto' or 'torch'"):

@@ -1,4 +1,5 @@
-"""Promise: real clips with real masks go from a foreign file to a trained model and a report, hidden objects included."""
+"""Promise: real clips with real masks go from a foreign file to a trained model and a report, hidden objects
+included."""
 
 import json
 import subprocess
@@ -40,8 +41,8 @@ def test_footage_trains_and_reports(tmp_path):
 
     options = [
         *("--config", "tiny_cpu", "run.name=footage", "run.steps=20", "optim.warmup_steps=5", "launch.ranks=2"),
-        *("data.train=[shards]", "data.synth=null", "data.tasks=null", "data.clips_per_pack=1", "data.packs_per_step=2"),
-        *("data.num_frames=8", "data.min_pixels=3136", "data.max_pixels=9408"),
+        *("data.train=[shards]", "data.synth=null", "data.tasks=null", "data.clips_per_pack=1"),
+        *("data.packs_per_step=2", "data.num_frames=8", "data.min_pixels=3136", "data.max_pixels=9408"),
     ]
     run(options, cwd=tmp_path)
     lines = metrics(tmp_path / "runs" / "footage")

@@ -21,7 +21,8 @@ from swim.train.system import Request
 
 @dataclass
 class Targets:
-    """Supervised cells, unit by unit (see kernels/mask_loss.py); cells index the nouns' maps laid one behind the other."""
+    """Supervised cells, unit by unit (see kernels/mask_loss.py); cells index the nouns' maps laid one behind the
+    other."""
 
     cells: Tensor  # (Y,) int64
     coverage: Tensor  # (Y,) fp32
@@ -36,7 +37,8 @@ class Targets:
 
 @dataclass
 class SwimBatch(Batch):
-    """A batch with mask targets; `coverages` holds per noun the (h, w) coverage of each step, None where not annotated."""
+    """A batch with mask targets; `coverages` holds per noun the (h, w) coverage of each step, None where not
+    annotated."""
 
     targets: Targets | None = None
     coverages: tuple[tuple[np.ndarray | None, ...], ...] = ()
@@ -51,7 +53,8 @@ class SwimCollator:
         self.encoder, self.geometry, self.data, self.scope, self.pad_token = encoder, geometry, data, scope, pad_token
 
     def __call__(self, requests: Sequence[Request], holes: Sequence[Hole] = ()) -> SwimBatch:
-        """Padded batch of all conversations; a clip that cannot be read or encoded becomes one hole per conversation."""
+        """Padded batch of all conversations; a clip that cannot be read or encoded becomes one hole per
+        conversation."""
         rows: list[tuple[str, Encoded, Clip | None]] = []
         masks: list[Masks] = []
         holes = list(holes)
@@ -60,7 +63,11 @@ class SwimCollator:
                 clip = self.load_clip(request.sample)
                 num_tokens = int(np.prod(clip.grid)) if clip is not None else 0
                 new = [
-                    (name, self.encoder(request.sample.record.conversations[i], name=name, num_video_tokens=num_tokens), clip)
+                    (
+                        name,
+                        self.encoder(request.sample.record.conversations[i], name=name, num_video_tokens=num_tokens),
+                        clip,
+                    )
                     for i in request.conversations
                     for name in [f"{request.sample.key}#{i}"]
                 ]
@@ -81,7 +88,8 @@ class SwimCollator:
         return SwimBatch(**fields, targets=targets, coverages=coverages)
 
     def load_clip(self, sample: Sample) -> Clip | None:
-        """Decode and patchify the clip's sampled frames; None for a record without media. BadSample or VideoError if unreadable."""
+        """Decode and patchify the clip's sampled frames; None for a record without media. BadSample or VideoError if
+        unreadable."""
         if not sample.record.media:
             return None
         media = sample.record.media[0]
@@ -149,8 +157,8 @@ def build_targets(
 ) -> tuple[Targets, dict[str, float]]:
     """Loss units of all nouns, with counts: supervised nouns (`mask`), all nouns, and steps absent or not annotated.
 
-    Frame scope: one unit per step that shows the object; an absent step has none, a softmax cannot be zero. Clip scope: one
-    unit over all annotated steps, absent ones with target zero. A noun never seen has no unit.
+    Frame scope: one unit per step that shows the object; an absent step has none, a softmax cannot be zero. Clip scope:
+    one unit over all annotated steps, absent ones with target zero. A noun never seen has no unit.
     """
     cells, values, lengths, weights = [], [], [], []
     counts = {"mask": 0.0, "nouns": float(len(coverages)), "absent_steps": 0.0, "unannotated_steps": 0.0}
@@ -177,4 +185,3 @@ def build_targets(
         ),
         counts,
     )
-
