@@ -25,7 +25,6 @@ Backend = Literal["auto", "torch"]
 
 class ClipKeys(NamedTuple):
     """Visual keys of one clip: T x h x w merged tokens from `start` on in row `batch`, or at `positions` (V,)."""
-    scattered."""
 
     batch: int
     start: int

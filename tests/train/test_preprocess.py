@@ -73,7 +73,7 @@ SIDES = st.integers(1, 3000)
 @given(height=SIDES, width=SIDES, cell=st.sampled_from([14, 28, 32]), cells=st.tuples(SIDES, SIDES))
 @example(height=42, width=70, cell=28, cells=(4, 768))  # halves, which round to even
 @example(height=1, width=200, cell=28, cells=(1, 3000))  # the longest shape there is
-@example(height=5, width=900, cell=28, cells=(1, 2))  # a side that would shrink below one cell
+@example(height=28, width=2800, cell=28, cells=(1, 10))  # a side that would shrink below one cell
 def test_sizes_equal_the_stock_rule(height, width, cell, cells):
     limits = [count * cell**2 for count in sorted(cells)]
     if max(height, width) / min(height, width) > 200:
