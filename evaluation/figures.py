@@ -1,27 +1,24 @@
-"""PNG figures that stand on light and dark pages alike: transparent ground, mid-grey text."""
+"""Pictures of the report: attention over frames, training curves; transparent, for light and dark pages."""
 
 import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-WIDTH = 11.6  # inches; 1 392 pixels at DPI
-DPI = 120
+DPI = 136
+WIDTH = 11.5  # inches, at most
+CELL, CELL_HEIGHT = 1.5, 1.8  # inches of one frame, at most
+LABEL, BAR, TOP = 0.95, 0.95, 0.24  # inches for the names of the rows, the scale bar and the titles
 GREY = "#7d7d7d"  # at least 4:1 against both white and near-black
-LINES = (("#56b4e9", 2.2), ("#d55e00", 1.1))  # Okabe-Ito; a thin line on a wide one, so equal curves show both
-CURVES = {
-    "loss/text": "text loss",
-    "loss/mask": "mask loss",
-    "loss/total": "total loss",
-    "grad_norm": "gradient norm",
-    "lr": "learning rate",
-    "supervised_share": "supervised share",
-}
+ARM_COLOURS = ("#2a8fd0", "#d55e00")  # told apart with any colour vision
+# The lowest third of inferno is darker than the frame below it, so that more attention would look like less.
+HEAT = colormaps["inferno"](np.linspace(0.33, 1, 256))
+SMOOTHED_SHARE = 0.03
 
 
 def strip_png(
@@ -32,117 +29,162 @@ def strip_png(
     titles: Sequence[str],
     uniform: float,
 ) -> bytes:
-    """PNG of N frames [N, H, W, 3] uint8 above one row of heat overlays per named map [N, h, w], cells visible.
+    """`strip_figure` as a PNG file."""
+    return to_png(strip_figure(frames, maps, masks=masks, titles=titles, uniform=uniform))
 
-    All rows share one colour scale from 0 to their maximum, with a square-root stretch so that weak attention stays
-    visible beside a peak; `uniform` (what equal attention would put on each cell) is marked on the colour bar. `masks`
-    are bool [any size] or None per frame, drawn as contours; `titles` stand above the frames.
+
+def strip_figure(
+    frames: np.ndarray,
+    maps: Mapping[str, np.ndarray],
+    *,
+    masks: Sequence[np.ndarray | None],
+    titles: Sequence[str],
+    uniform: float,
+) -> Figure:
+    """N frames [N, H, W, 3] uint8 above one row of heat per named map [N, h, w], each cell one flat square.
+
+    All rows share one scale from 0 to their maximum, with a square-root stretch so that weak attention is seen beside
+    a peak; heat is the more opaque the higher it is. `uniform`, what equal attention would put on each cell, is marked
+    on the scale bar. `masks`, bool of any size or None, are drawn as contours; `titles` stand above the frames.
     """
-    height, width = frames.shape[1:3]
-    label, gap, bar = 0.95, 0.06, 0.95  # inches
-    cell_width = (WIDTH - label - bar) / len(frames) - gap
-    # Few frames would otherwise fill the page with one picture.
-    cell_width = min(cell_width, 2.2)
-    cell_height = cell_width * height / width
-    top, below = 0.26, 0.08
-    total = top + (1 + len(maps)) * (cell_height + gap) + below
-    figure_width = label + len(frames) * (cell_width + gap) + bar
-    figure = Figure(figsize=(figure_width, total), dpi=DPI)
-    norm = PowerNorm(0.5, vmin=0, vmax=max([uniform, *(float(rows.max()) for rows in maps.values())]))
-    grey = frames.mean(axis=-1)
-    for row, name in enumerate(("video", *maps)):
-        bottom = total - top - (row + 1) * cell_height - row * gap
-        for column in range(len(frames)):
-            left = label + column * (cell_width + gap)
-            axes = figure.add_axes(
-                (left / figure_width, bottom / total, cell_width / figure_width, cell_height / total)
-            )
-            axes.set_axis_off()
-            extent = (0, width, height, 0)
-            # Below the heat the frame is grey, dim and low in contrast: a cell's colour has to read as its value.
-            if row == 0:
-                axes.imshow(frames[column], extent=extent)
-                axes.set_title(titles[column], fontsize=8, color=GREY, pad=4, parse_math=False)
-            else:
-                axes.imshow(grey[column], extent=extent, cmap="gray", vmin=-100, vmax=500)
+    columns, height, width = frames.shape[:3]
+    cell = min(CELL, CELL_HEIGHT * width / height, (WIDTH - LABEL - BAR) / columns)
+    size = LABEL + columns * cell + BAR, TOP + (1 + len(maps)) * cell * height / width
+    figure = Figure(figsize=size, dpi=DPI)
+    edges = {"left": LABEL / size[0], "right": 1 - BAR / size[0], "bottom": 0, "top": 1 - TOP / size[1]}
+    grid = figure.subplots(1 + len(maps), columns, squeeze=False, gridspec_kw=edges | {"wspace": 0.04, "hspace": 0.04})
+    norm = PowerNorm(0.5, vmin=0, vmax=max(uniform, *(float(map_NHW.max()) for map_NHW in maps.values())))
+    for row, name in zip(grid, ("video", *maps)):
+        row[0].text(-0.06, 0.5, _short(name), transform=row[0].transAxes, ha="right", va="center", **_text(9))
+        for axes, frame, mask, number in zip(row, frames, masks, range(columns)):
+            if name in maps:
+                # Grey and of low contrast below the heat: a cell's colour has to read as its value.
+                _draw(axes, np.repeat(50 + 0.35 * frame.mean(axis=2, keepdims=True), 3, axis=2) / 255, mask)
                 axes.imshow(
-                    maps[name][column], extent=extent, norm=norm, cmap="magma", alpha=0.75, interpolation="nearest"
+                    _heat(maps[name][number], norm), extent=(0, 1, 1, 0), aspect="auto", interpolation="nearest"
                 )
-            _draw_contour(axes, masks[column], width, height)
-            axes.set_xlim(0, width)
-            axes.set_ylim(height, 0)
-        middle = (bottom + cell_height / 2) / total
-        shown = name if len(name) <= 14 else name[:13] + "…"
-        figure.text(
-            (label - 0.1) / figure_width,
-            middle,
-            shown,
-            ha="right",
-            va="center",
-            fontsize=9,
-            color=GREY,
-            parse_math=False,
-        )
-    if maps:
-        bar_height = min(len(maps) * (cell_height + gap) - gap, 2.6)
-        bar_bottom = below + (len(maps) * (cell_height + gap) - bar_height) / 2
-        bar_axes = figure.add_axes(
-            ((figure_width - bar + 0.06) / figure_width, bar_bottom / total, 0.12 / figure_width, bar_height / total)
-        )
-        bar_ = figure.colorbar(ScalarMappable(norm, "magma"), cax=bar_axes, ticks=[0, uniform, norm.vmax])
-        bar_.ax.set_yticklabels(["0", f"uniform\n= {uniform:.2g}", f"{norm.vmax:.2g}"], fontsize=7.5, color=GREY)
-        bar_.ax.tick_params(color=GREY, length=3)
-        bar_.outline.set_visible(False)
-    return _png(figure)
+            else:
+                _draw(axes, frame, mask)
+    for axes, title in zip(grid[0], titles):
+        axes.set_title(title, pad=4, **_text(8))
+    _draw_scale(figure, norm, uniform, len(maps) / (1 + len(maps)) * edges["top"])
+    return figure
 
 
-def curves_png(series: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes | None:
-    """PNG of the known curves of each run's log (rows with `step` and any of CURVES); None if no log has any."""
-    keys = [key for key in CURVES if any(key in row for rows in series.values() for row in rows)]
-    if not keys:
-        return None
-    columns = min(3, len(keys))
-    rows_of_axes = -(-len(keys) // columns)
-    figure = Figure(figsize=(WIDTH, 2.5 * rows_of_axes), dpi=DPI, layout="constrained")
-    axes = figure.subplots(rows_of_axes, columns, squeeze=False).ravel()
-    for ax, key in zip(axes, keys):
-        for (name, rows), (colour, line_width) in zip(series.items(), LINES[-len(series) :]):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                # matplotlib hides labels that begin with an underscore; a space keeps any name.
-                ax.plot(*zip(*points), color=colour, linewidth=line_width, label=" " + name)
-        ax.set_title(CURVES[key], fontsize=9.5, color=GREY, loc="left")
-        ax.tick_params(colors=GREY, labelsize=8)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.grid(color=GREY, alpha=0.2, linewidth=0.6)
-        ax.patch.set_alpha(0)
-        for side, spine in ax.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(GREY)
-    for ax in axes[len(keys) :]:
-        ax.set_axis_off()
-    for ax in axes[: len(keys)]:
-        if len(ax.lines) == len(series):
-            for text in ax.legend(frameon=False, fontsize=8, labelcolor=GREY).get_texts():
-                text.set_parse_math(False)
-            break
-    figure.supxlabel("step", fontsize=8.5, color=GREY)
-    return _png(figure)
-
-
-def _draw_contour(axes: Axes, mask: np.ndarray | None, width: int, height: int) -> None:
+def _draw(axes: Axes, picture: np.ndarray, mask: np.ndarray | None) -> None:
+    axes.set_axis_off()
+    axes.imshow(picture, extent=(0, 1, 1, 0), aspect="auto")
     if mask is None or not mask.any():
         return
     # A border of background closes the contour of an object that touches the edge of the frame.
     padded = np.pad(mask, 1).astype(float)
-    x = (np.arange(padded.shape[1]) - 0.5) * width / mask.shape[1]
-    y = (np.arange(padded.shape[0]) - 0.5) * height / mask.shape[0]
-    for colour, line_width in (("black", 2.2), ("white", 1.0)):
-        axes.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=line_width)
+    y, x = ((np.arange(side) - 0.5) / (side - 2) for side in padded.shape)
+    for colour, line_width in (("black", 2.0), ("white", 0.9)):
+        axes.contour(x, y, padded, levels=[0.5], colors=colour, linewidths=line_width, zorder=3)
+    axes.set(xlim=(0, 1), ylim=(1, 0))
 
 
-def _png(figure: Figure) -> bytes:
+def _draw_scale(figure: Figure, norm: PowerNorm, uniform: float, top: float) -> None:
+    width, height = figure.get_size_inches()
+    inset = 0.15 / height
+    bar = figure.add_axes(((width - BAR + 0.12) / width, inset, 0.11 / width, top - 2 * inset))
+    heat = _heat(norm.inverse(np.linspace(1, 0, 256))[:, None], norm)
+    # As it looks on the grey of a frame: the page behind the picture may be light or dark.
+    bar.imshow(heat[..., :3] * heat[..., 3:] + 0.37 * (1 - heat[..., 3:]), extent=(0, 1, 0, 1), aspect="auto")
+    ticks = {0.0: "0", 1.0: f"{norm.vmax:.2g}"}
+    at = float(norm(uniform))
+    ticks = {value: text for value, text in ticks.items() if abs(value - at) > 0.12}  # no text over another
+    bar.set_yticks([*ticks, at], [*ticks.values(), f"uniform\n= {uniform:.2g}"], **_text(7.5))
+    bar.set_xticks([])
+    bar.yaxis.tick_right()
+    bar.tick_params(color=GREY, length=3)
+    for spine in bar.spines.values():
+        spine.set_visible(False)
+
+
+def _heat(values: np.ndarray, norm: PowerNorm) -> np.ndarray:
+    """RGBA of attention values [...] -> [..., 4]."""
+    share = np.asarray(norm(values), dtype=float)
+    rgba = HEAT[(share * (len(HEAT) - 1)).round().astype(int)]
+    rgba[..., 3] = 0.95 * share**0.75
+    return rgba
+
+
+def curves_png(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes | None:
+    """PNG of text loss and mask loss of all arms and the mask loss's own gradient at q and k of the last arm, by layer.
+
+    Rows have `step` and any of the keys of metrics.jsonl; a panel without data is left out, None if all are.
+    """
+    last = list(logs.values())[-1]
+    panels: list[tuple[str, dict[str, tuple[np.ndarray, str]]]] = []
+    for key, title in (("loss/text", "text loss"), ("loss/mask", "mask loss")):
+        arms = zip(logs.items(), ARM_COLOURS[-len(logs) :])
+        panels.append((title, {name: (_points(rows, key), colour) for (name, rows), colour in arms}))
+    for side, title in (("q", "queries"), ("k", "keys")):
+        prefix = f"mask_grad/{side}"
+        layers = sorted({int(key[len(prefix) :]) for row in last for key in row if key[len(prefix) :].isdecimal()
+                         and key.startswith(prefix)})  # fmt: skip
+        shades = colormaps["viridis"](np.linspace(0.15, 0.8, max(len(layers), 2)))
+        lines = {f"layer {layer}": (_points(last, f"{prefix}{layer}"), shade) for layer, shade in zip(layers, shades)}
+        panels.append((f"gradient norm of the mask loss at the {title}, {_short(list(logs)[-1])}", lines))
+    panels = [(title, lines) for title, lines in panels if any(points.size for points, _ in lines.values())]
+    if not panels:
+        return None
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(WIDTH, 2.5 * rows), dpi=DPI, layout="constrained")
+    for axes, (title, lines) in zip(figure.subplots(rows, 2, squeeze=False).ravel(), [*panels, ("", {})][: 2 * rows]):
+        _draw_curves(axes, title, lines)
+    return to_png(figure)
+
+
+def _draw_curves(axes: Axes, title: str, lines: Mapping[str, tuple[np.ndarray, str]]) -> None:
+    if not lines:
+        axes.set_axis_off()
+        return
+    # The first line is wide, so that it is seen below an equal one.
+    for (name, (points, colour)), width in zip(lines.items(), (2.8, *[1.3] * len(lines))):
+        if points.size:
+            step, value = points.T
+            axes.plot(step, value, color=colour, alpha=0.22, linewidth=0.7)
+            # matplotlib hides labels that begin with an underscore; a space keeps any name.
+            axes.plot(step, smooth(value), color=colour, linewidth=width, label=" " + _short(name))
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, loc="left", **_text(9.5))
+    axes.set_xlabel("step", **_text(8))
+    axes.tick_params(which="both", colors=GREY, labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.grid(color=GREY, alpha=0.18, linewidth=0.6)
+    axes.patch.set_alpha(0)
+    for side, spine in axes.spines.items():
+        spine.set(visible=side in ("left", "bottom"), color=GREY)
+    for text in axes.legend(frameon=False, fontsize=8.5, labelcolor=GREY).get_texts():
+        text.set_parse_math(False)
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving mean over SMOOTHED_SHARE of the points, over fewer at the ends."""
+    half = round(len(values) * SMOOTHED_SHARE / 2)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _points(rows: Sequence[Mapping[str, float]], key: str) -> np.ndarray:
+    return np.array([(row["step"], row[key]) for row in rows if row.get(key) is not None], dtype=float)
+
+
+def _text(size: float) -> dict[str, object]:
+    # A dollar sign in a name is no formula.
+    return {"fontsize": size, "color": GREY, "parse_math": False}
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 14 else name[:13] + "…"
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file; without software and date fields, so the same numbers give the same file."""
     buffer = io.BytesIO()
-    # No software and date fields: the same numbers give the same file.
     figure.savefig(buffer, format="png", transparent=True, metadata={"Software": None})
     return buffer.getvalue()
