@@ -1,7 +1,9 @@
 """Pictures of the report: attention over frames, training curves; transparent, for light and dark pages."""
 
 import io
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -19,6 +21,15 @@ ARM_COLOURS = ("#2a8fd0", "#d55e00")  # told apart with any colour vision
 # The lowest third of inferno is darker than the frame below it, so that more attention would look like less.
 HEAT = colormaps["inferno"](np.linspace(0.33, 1, 256))
 SMOOTHED_SHARE = 0.03
+
+
+class Line(NamedTuple):
+    """A curve: points [N, 2] of step and value, any matplotlib colour, width in points."""
+
+    name: str
+    points: np.ndarray
+    colour: Any
+    width: float
 
 
 def strip_png(
@@ -115,46 +126,50 @@ def curves_png(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes | Non
 
     Rows have `step` and any of the keys of metrics.jsonl; a panel without data is left out, None if all are.
     """
-    last = list(logs.values())[-1]
-    panels: list[tuple[str, dict[str, tuple[np.ndarray, str]]]] = []
+    panels = {}
     for key, title in (("loss/text", "text loss"), ("loss/mask", "mask loss")):
-        arms = zip(logs.items(), ARM_COLOURS[-len(logs) :])
-        panels.append((title, {name: (_points(rows, key), colour) for (name, rows), colour in arms}))
-    for side, title in (("q", "queries"), ("k", "keys")):
-        prefix = f"mask_grad/{side}"
-        layers = sorted({int(key[len(prefix) :]) for row in last for key in row if key[len(prefix) :].isdecimal()
-                         and key.startswith(prefix)})  # fmt: skip
-        shades = colormaps["viridis"](np.linspace(0.15, 0.8, max(len(layers), 2)))
-        lines = {f"layer {layer}": (_points(last, f"{prefix}{layer}"), shade) for layer, shade in zip(layers, shades)}
-        panels.append((f"gradient norm of the mask loss at the {title}, {_short(list(logs)[-1])}", lines))
-    panels = [(title, lines) for title, lines in panels if any(points.size for points, _ in lines.values())]
+        # Of two equal curves, the wide one is seen below the other.
+        styles = zip(ARM_COLOURS, (2.6, 1.3))
+        panels[title] = [
+            Line(name, _points(rows, key), *style) for (name, rows), style in zip(logs.items(), [*styles][-len(logs) :])
+        ]
+    name, last = list(logs.items())[-1]
+    for side, where in (("q", "queries"), ("k", "keys")):
+        layers = sorted(
+            {int(found[1]) for key in set().union(*last) if (found := re.match(f"mask_grad/{side}([0-9]+)$", key))}
+        )
+        shades = colormaps["viridis"](np.linspace(0.15, 0.8, len(layers)))
+        panels[f"gradient norm of the mask loss at the {where}, {_short(name)}"] = [
+            Line(f"layer {layer}", _points(last, f"mask_grad/{side}{layer}"), shade, 1.3)
+            for layer, shade in zip(layers, shades)
+        ]
+    panels = {
+        title: shown for title, lines in panels.items() if (shown := [line for line in lines if line.points.size])
+    }
     if not panels:
         return None
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(WIDTH, 2.5 * rows), dpi=DPI, layout="constrained")
-    for axes, (title, lines) in zip(figure.subplots(rows, 2, squeeze=False).ravel(), [*panels, ("", {})][: 2 * rows]):
+    grid = figure.subplots(rows, 2, squeeze=False).ravel()
+    for axes, (title, lines) in zip(grid, panels.items()):
         _draw_curves(axes, title, lines)
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
     return to_png(figure)
 
 
-def _draw_curves(axes: Axes, title: str, lines: Mapping[str, tuple[np.ndarray, str]]) -> None:
-    if not lines:
-        axes.set_axis_off()
-        return
-    # The first line is wide, so that it is seen below an equal one.
-    for (name, (points, colour)), width in zip(lines.items(), (2.8, *[1.3] * len(lines))):
-        if points.size:
-            step, value = points.T
-            axes.plot(step, value, color=colour, alpha=0.22, linewidth=0.7)
-            # matplotlib hides labels that begin with an underscore; a space keeps any name.
-            axes.plot(step, smooth(value), color=colour, linewidth=width, label=" " + _short(name))
+def _draw_curves(axes: Axes, title: str, lines: Sequence[Line]) -> None:
+    for line in lines:
+        step, value = line.points.T
+        axes.plot(step, value, color=line.colour, alpha=0.22, linewidth=0.7)
+        # matplotlib hides labels that begin with an underscore; a space keeps any name.
+        axes.plot(step, smooth(value), color=line.colour, linewidth=line.width, label=" " + _short(line.name))
     axes.set_ylim(bottom=0)
     axes.set_title(title, loc="left", **_text(9.5))
     axes.set_xlabel("step", **_text(8))
-    axes.tick_params(which="both", colors=GREY, labelsize=8)
+    axes.tick_params(colors=GREY, labelsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.grid(color=GREY, alpha=0.18, linewidth=0.6)
-    axes.patch.set_alpha(0)
     for side, spine in axes.spines.items():
         spine.set(visible=side in ("left", "bottom"), color=GREY)
     for text in axes.legend(frameon=False, fontsize=8.5, labelcolor=GREY).get_texts():
@@ -174,7 +189,7 @@ def _points(rows: Sequence[Mapping[str, float]], key: str) -> np.ndarray:
     return np.array([(row["step"], row[key]) for row in rows if row.get(key) is not None], dtype=float)
 
 
-def _text(size: float) -> dict[str, object]:
+def _text(size: float) -> dict[str, Any]:
     # A dollar sign in a name is no formula.
     return {"fontsize": size, "color": GREY, "parse_math": False}
 

@@ -43,9 +43,12 @@ DEFINITIONS: dict[str, tuple[str, str]] = {
     "auc": ("ROC-AUC", "area under the ROC curve, same weights; 0.5 for a constant map. This is not AUC-Judd"),
     "nss": ("NSS", "mean of the standardised map, weighted by c; 0 for a constant map"),
     "precision": ("precision at 0.75", "share of mask among cells with min-max scaled attention of at least 0.75"),
-    "gamepoint_1": ("GamePoint@1 %", "share of mask among the 1 % of cells with the highest m, at least one cell"),
-    "gamepoint_5": ("GamePoint@5 %", "the same for 5 % of the cells"),
-    "gamepoint_10": ("GamePoint@10 %", "the same for 10 % of the cells"),
+    "gamepoint_1": (
+        "GamePoint@1\N{NO-BREAK SPACE}%",
+        "share of mask among the 1 % of cells with the highest m, at least one cell",
+    ),
+    "gamepoint_5": ("GamePoint@5\N{NO-BREAK SPACE}%", "the same for 5 % of the cells"),
+    "gamepoint_10": ("GamePoint@10\N{NO-BREAK SPACE}%", "the same for 10 % of the cells"),
 }
 
 
@@ -249,7 +252,7 @@ def _split(text: str, noun: Noun, *, marked: bool) -> tuple[str, str, str]:
 def _answer(arm: str, line: Prediction | None, noun: Noun | None) -> Answer:
     if line is None or line.error is not None:
         return Answer(arm, "", False, None, line.error if line else "no prediction")
-    metrics = noun and noun_metrics(noun.map, noun.coverage)
+    metrics = noun_metrics(noun.map, noun.coverage) if noun else None
     return Answer(arm, line.answer, is_correct(line.answer, line.target), metrics, None)
 
 
@@ -262,7 +265,9 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["number"] = _number
-    environment.filters["percent"] = lambda value: _number(None if value is None else 100 * value, ".1f") + " %"
+    environment.filters["percent"] = lambda value: (
+        _number(None if value is None else 100 * value, ".1f") + "\N{NO-BREAK SPACE}%"
+    )
     return environment
 
 
