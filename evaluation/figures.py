@@ -64,16 +64,16 @@ def strip_figure(
     figure = Figure(figsize=size, dpi=DPI)
     edges = {"left": LABEL / size[0], "right": 1 - BAR / size[0], "bottom": 0, "top": 1 - TOP / size[1]}
     grid = figure.subplots(1 + len(maps), columns, squeeze=False, gridspec_kw=edges | {"wspace": 0.04, "hspace": 0.04})
-    norm = PowerNorm(0.5, vmin=0, vmax=max(uniform, *(float(map_NHW.max()) for map_NHW in maps.values())))
-    for row, name in zip(grid, ("video", *maps)):
+    highest = max(uniform, *(float(map_NHW.max()) for map_NHW in maps.values()))
+    norm = PowerNorm(0.5, vmin=0, vmax=highest or 1)  # without any attention there is still a scale
+    for row, name, map_NHW in zip(grid, ("video", *maps), (None, *maps.values())):
         row[0].text(-0.06, 0.5, _short(name), transform=row[0].transAxes, ha="right", va="center", **_text(9))
         for axes, frame, mask, number in zip(row, frames, masks, range(columns)):
-            if name in maps:
+            if map_NHW is not None:
                 # Grey and of low contrast below the heat: a cell's colour has to read as its value.
                 _draw(axes, np.repeat(50 + 0.35 * frame.mean(axis=2, keepdims=True), 3, axis=2) / 255, mask)
-                axes.imshow(
-                    _heat(maps[name][number], norm), extent=(0, 1, 1, 0), aspect="auto", interpolation="nearest"
-                )
+                heat = _heat(map_NHW[number], norm)
+                axes.imshow(heat, extent=(0, 1, 1, 0), aspect="auto", interpolation="nearest")
             else:
                 _draw(axes, frame, mask)
     for axes, title in zip(grid[0], titles):

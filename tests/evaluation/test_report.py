@@ -198,6 +198,13 @@ def test_no_attention_leaves_the_frame_as_it_is() -> None:
     assert np.ptp(colours[1, 1, 0]) > 0.3
 
 
+def test_maps_without_attention_and_an_arm_called_video_are_drawn() -> None:
+    frames = np.zeros((1, 8, 8, 3), np.uint8)
+    options: dict[str, Any] = {"masks": [None], "titles": ["frame 0"]}
+    dark = strip_png(frames, {"video": np.zeros((1, 2, 2))}, uniform=0.0, **options)
+    assert dark != strip_png(frames, {"video": np.ones((1, 2, 2))}, uniform=1.0, **options)
+
+
 def test_strip_draws_the_mask_at_its_own_size() -> None:
     mask = np.zeros((32, 32), bool)
     mask[:, 13:] = True  # its left border runs at 0.4 of the width and the rest touches the edge of the frame
