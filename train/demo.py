@@ -6,6 +6,7 @@ Nothing is chosen: the held-out clips are the first of another seed's, and every
 wrote.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -84,8 +85,8 @@ def evaluate_runs(runs: Mapping[str, Path], data: Path, out: Path) -> dict[str, 
         files[arm] = ArmFiles(
             predictions=predictions, metrics=run / "metrics.jsonl", quarantine=run / "quarantine.jsonl"
         )
-    config = load_run(next(iter(runs.values())))
-    protocol = {"system": config.system, "answers": "greedy, normalised exact match", "maps": "teacher-forced"}
+    systems = {arm: load_run(run).system for arm, run in runs.items()}
+    protocol = {"systems": systems, "answers": "greedy, normalised exact match", "maps": "teacher-forced"}
     results = write_results(out / "results.json", scored, provenance=provenance(runs, data), protocol=protocol)
     frames_for, mask_for = _readers(data)
     write_report(
@@ -101,7 +102,6 @@ def evaluate_runs(runs: Mapping[str, Path], data: Path, out: Path) -> dict[str, 
 
 def provenance(runs: Mapping[str, Path], data: Path) -> dict[str, Any]:
     """What a reader needs to repeat the figures: versions, code, data digest, weights' hashes, machine."""
-    import hashlib
 
     def digest(run: Path) -> str:
         hashed = hashlib.sha256()
