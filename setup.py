@@ -31,7 +31,11 @@ setup(
     python_requires=">=3.11",
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"swim.data_tools": ["*.json"], **{f"swim.{name}": patterns for name, patterns in DATA.items()}},
+    package_data={
+        "swim.data_tools": ["*.json"],
+        "swim.evaluation": ["*.jinja"],
+        **{f"swim.{name}": patterns for name, patterns in DATA.items()},
+    },
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19",
