@@ -1,7 +1,7 @@
 """The order of training as a pure function of index digests, seed, epoch and batching: nothing is decoded to know it.
 
 A unit is a clip with the conversations chosen for it, a pack is `clips_per_pack` units, a step is `packs_per_step`
-packs. No part of this knows how many ranks there are, so a run resumes on any number of them.
+packs. No part of this knows how many ranks there are: the order is the same for any number of them.
 """
 
 import hashlib

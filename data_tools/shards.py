@@ -182,6 +182,11 @@ class Sample:
     _files: "_Files" = field(repr=False, compare=False)
     _entry: Entry = field(repr=False, compare=False)
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """Shard file name and offset in bytes, to find the sample by hand."""
+        return self._entry.shard, min(offset for offset, _, _ in self._entry.members.values())
+
     def media(self, i: int = 0) -> bytes:
         """Bytes of medium `i`, checked against its CRC32 where it lies in the shard; BadSample if it is damaged.
 
@@ -190,8 +195,13 @@ class Sample:
         medium = self.record.media[i]
         if medium.member is not None:
             return self._files.read(self._entry, medium.member)
+        # A record is data from outside: it may name files of its own folder, nothing else on this machine.
+        path = (self._files.folder / str(medium.path)).resolve()
+        if not path.is_relative_to(self._files.folder.resolve()) or not path.is_file():
+            reason = f"media[{i}].path {medium.path!r} is not a file inside {self._files.folder}; put it there"
+            raise BadSample(self.key, self._entry.shard, 0, reason)
         try:
-            return (self._files.folder / str(medium.path)).read_bytes()
+            return path.read_bytes()
         except OSError as error:
             raise BadSample(self.key, self._entry.shard, 0, f"media[{i}] cannot be read: {error}") from error
 

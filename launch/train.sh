@@ -9,7 +9,6 @@
 # Bash reads the line above as the no-op ':', Python as the start of a docstring. Started once per rank by a launcher,
 # the Python half runs; started by hand, the shell half starts the launcher.
 set -euo pipefail
-trap '' USR1  # ignored signals survive exec: only the training processes, which install a handler, see USR1
 here="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)"
 root="$(dirname "$here")"
 
@@ -25,7 +24,7 @@ if [ -z "$python" ] || ! "$python" -c 'import importlib.util as u, sys; sys.exit
   exit 2
 fi
 
-if [ -n "${RANK:-}${OMPI_COMM_WORLD_RANK:-}" ] || { [ -n "${SLURM_PROCID:-}" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ]; }; then
+if [ -n "${RANK:-}${OMPI_COMM_WORLD_RANK:-}" ] || { [ -n "${SLURM_STEP_ID:-}" ] && [ "${SLURM_NTASKS:-1}" -gt 1 ]; }; then
   exec "$python" -u "$here/train.sh" "$@"
 fi
 

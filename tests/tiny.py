@@ -23,7 +23,7 @@ def tiny_config(data: Path, *overrides: str) -> Config:
 
 
 def make_data(folder: Path, clips: int = 8, seed: int = 3) -> ShardSet:
-    """A few synthetic clips of 4 frames with 56-pixel sides (4 x 4 tokens at the recipe's smallest frame)."""
+    """A few synthetic clips of 8 frames, half of their objects hidden in a part of it."""
     return synthesise(folder, clips=clips, seed=seed, hidden=0.5)
 
 

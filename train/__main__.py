@@ -44,11 +44,12 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else arguments
     placement = arguments[:1] == ["--placement"]
     recipe, overrides = parse_arguments(arguments[placement:])
-    from swim.train.config import ConfigError, load_config
+    from swim.train.config import ConfigError, engine_file, load_config
 
     try:
         config = load_config(recipe, overrides)
         if placement:
+            engine_file(config)
             print(config.launch.ranks or _num_gpus(), _free_port())
             return
         from swim.data_tools.plan import PlanError
@@ -77,8 +78,9 @@ def _free_port() -> int:
 
 
 def _explain(error: Exception) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    # Most mistakes are found by every rank alike; what only another rank sees (a disk of its own) is not lost.
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
     return 2
 
 

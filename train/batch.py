@@ -186,7 +186,12 @@ class ConversationEncoder:
             ids=widen(encoded.ids, self.special.video),
             types=widen(encoded.types, 2),
             labels=widen(encoded.labels, IGNORE),
-            nouns=[replace(noun, tokens=tuple(map(moved, noun.tokens))) for noun in encoded.nouns],
+            # A noun before the clip sees none of it: causal attention forbids what a loss on it would train.
+            nouns=[
+                replace(noun, tokens=tuple(map(moved, noun.tokens)))
+                for noun in encoded.nouns
+                if noun.tokens and min(noun.tokens) > at
+            ],
             answer_start=moved(encoded.answer_start),
         )
 
@@ -273,7 +278,7 @@ class Batch:
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:
-    if isinstance(value, Tensor) or hasattr(value, "map_sizes"):
+    if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
@@ -353,7 +358,8 @@ def pad_batch(
         labels=torch.from_numpy(labels[label_rows, label_positions]),
         table=build_work_table(noun_rows, keys, scope),
         nouns=nouns,
-        clips=clips,
+        # Without the pixels, which are among the inputs: a batch crosses from the loader's process to the trainer's.
+        clips=[clip and replace(clip, patches=clip.patches[:0]) for clip in clips],
         ids=[name for name, _, _ in rows],
         prompt_lengths=[e.answer_start for e in encoded],
         counts={"text": float(len(label_rows))},

@@ -1,7 +1,8 @@
 """Checkpoints that are complete or have no name: hidden folder, barrier, manifest with hashes, rename.
 
 DeepSpeed alone writes files under their final names and a `latest` that can point at half of them. Its state files are
-pickles: they are loaded only from a folder whose manifest verifies.
+pickles: they are loaded only from a folder whose manifest verifies. That finds damage; it does not tell who wrote the
+folder, so resume only runs of your own.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
 
 from swim import __version__
 from swim.data_tools.plan import PlanState
@@ -33,7 +35,8 @@ def save_checkpoint(engine: Any, folder: Path, step: int, state: PlanState, worl
     ranks."""
     hidden, final = folder / f".incoming_{step:08d}", folder / f"step_{step:08d}"
     if world.is_main:
-        shutil.rmtree(hidden, ignore_errors=True)
+        for torn in folder.glob(".incoming_*"):
+            shutil.rmtree(torn)
         hidden.mkdir(parents=True)
     world.barrier()
     engine.save_checkpoint(str(folder), tag=hidden.name, save_latest=False)
@@ -84,8 +87,19 @@ def load_checkpoint(engine: Any, path: Path, world: World) -> PlanState:
     return PlanState(**manifest["plan"])
 
 
-def save_model(engine: Any, folder: Path, tokenizer: Any, world: World) -> None:
-    """Stock model folder (config, safetensors, tokenizer) of the current weights, gathered layer by layer on rank 0."""
+# What a processor is made of beside the tokenizer; training changes none of it, so it is taken over from the base
+# model.
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+)
+
+
+def save_model(engine: Any, folder: Path, tokenizer: Any, base: str | None, world: World) -> None:
+    """Stock model folder of the current weights, gathered one parameter at a time on rank 0, with `base`'s
+    processor."""
     import deepspeed
 
     state: dict[str, torch.Tensor] = {}
@@ -99,6 +113,10 @@ def save_model(engine: Any, folder: Path, tokenizer: Any, world: World) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         engine.module.save_pretrained(hidden, state_dict=state)
         tokenizer.save_pretrained(hidden)
+        for name in PROCESSOR_FILES:
+            found = base and cached_file(base, name, _raise_exceptions_for_missing_entries=False)
+            if found:
+                shutil.copyfile(found, hidden / name)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(hidden, folder)
     world.barrier()

@@ -36,7 +36,10 @@ def evaluate(
     """Predict, score and report: answers, alignment of noun attention with masks, and a page to look at."""
     from swim.train.demo import evaluate_runs, print_results
 
-    print_results(evaluate_runs({run.name: run for run in runs}, data, out or runs[-1]))
+    names = [run.resolve().name for run in runs]
+    if len(runs) > 2 or len(set(names)) < len(names):
+        raise ValueError(f"runs are {', '.join(map(str, runs))}; give one, or two whose folders have different names")
+    print_results(evaluate_runs(dict(zip(names, runs)), data, out or runs[-1]))
 
 
 @app.command()

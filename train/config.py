@@ -38,8 +38,6 @@ class RunConfig(Section):
     """Optimizer steps."""
     save_every: int = Field(0, ge=0)
     """Steps between checkpoints; 0 saves at the end only."""
-    log_every: int = Field(1, gt=0)
-    """Steps between lines of metrics.jsonl."""
     stop_after: int | None = Field(None, gt=0)
     """End with a checkpoint after this step, as if interrupted; the schedule still counts `steps`."""
 
@@ -122,7 +120,13 @@ class DataConfig(Section):
     workers: int = Field(0, ge=0)
     """Loader processes per rank."""
     max_bad: int = Field(100, ge=0)
-    """Conversations that may turn out unreadable; one more stops the run."""
+    """Conversations that may turn out unreadable; one more stops the run, with a checkpoint."""
+
+    @model_validator(mode="after")
+    def _pixels_in_order(self) -> "DataConfig":
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"data.min_pixels {self.min_pixels} is above data.max_pixels {self.max_pixels}")
+        return self
 
 
 class OptimConfig(Section):
@@ -202,6 +206,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse_config(data, source=str(path))
 
 
+def engine_file(config: Config) -> Path:
+    """The DeepSpeed JSON file that `config.deepspeed` names; ConfigError lists the known ones."""
+    folder = Path(__file__).resolve().parent.parent / "ds_configs"
+    candidates = (folder / f"{config.deepspeed}.json", Path(config.deepspeed))
+    if (path := next((p for p in candidates if p.is_file()), None)) is None:
+        known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
+        raise ConfigError(f"deepspeed: {config.deepspeed!r} is neither a file nor one of: {known}")
+    return path
+
+
 def parse_config(data: dict[str, Any], *, source: str) -> Config:
     """Config from plain data; ConfigError names `source`, the field, the value and the nearest known key."""
     try:
@@ -253,7 +267,11 @@ def _explain(error: ValidationError, model: type[BaseModel], prefix: tuple[str, 
             shown = (
                 "" if message.startswith(where) or isinstance(item["input"], dict) else f", got {item['input']!r:.80}"
             )
-            lines.append(message if message.startswith(("system", "model.", "give")) else f"{where}: {message}{shown}")
+            lines.append(
+                message
+                if message.startswith(("system", "model.", "data.", "optim.", "give"))
+                else f"{where}: {message}{shown}"
+            )
     return "\n".join(lines)
 
 

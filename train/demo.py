@@ -6,12 +6,12 @@ Nothing is chosen: the held-out clips are the first of another seed's, and every
 wrote.
 """
 
-import hashlib
 import json
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -31,6 +31,7 @@ LAUNCHER = Path(__file__).resolve().parent.parent / "launch" / "train.sh"
 ARMS: dict[str, list[str]] = {"sft": ["system.mask_weight=0"], "supervised": []}
 HELD_OUT_SEED = 1_000_003  # clips depend on (seed, number): no training clip is among these
 HELD_OUT_CLIPS = 64
+MARKER = ".swim-demo"
 HEADLINE = ("accuracy", "pointing", "mass", "ap", "auc", "nss")
 
 
@@ -41,20 +42,23 @@ class DemoError(RuntimeError):
 def launch(arguments: Sequence[str], log: Path | None = None) -> int:
     """Run launch/train.sh with `arguments`; output goes to `log` if given. Returns the exit code."""
     command = ["bash", str(LAUNCHER), *arguments]
+    environment = {**os.environ, "SWIM_PYTHON": sys.executable}  # the environment this command runs in
     if log is None:
-        return subprocess.run(command).returncode
+        return subprocess.run(command, env=environment).returncode
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+        return subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
 
 
 def run_demo(out: Path, *, seed: int, short: bool = False) -> dict[str, Any]:
     """Render, train both arms, predict, score, report into `out`; returns the results. DemoError if a run fails."""
     began = time.perf_counter()
-    shutil.rmtree(out, ignore_errors=True)
+    _clear(out)
     data = out / "data" / "held_out"
     synthesise(data, clips=4 if short else HELD_OUT_CLIPS, seed=HELD_OUT_SEED)
-    common = [f"run.output={out}", f"run.seed={seed}", f"data.train=[{out / 'data' / 'train'}]"]
+    # JSON is YAML: paths with blanks or commas stay what they are.
+    folder, train = json.dumps(str(out)), json.dumps([str(out / "data" / "train")])
+    common = [f"run.output={folder}", f"run.seed={seed}", f"data.train={train}"]
     if short:
         common += ["run.steps=6", "optim.warmup_steps=2", "data.synth.clips=12"]
     for arm, overrides in ARMS.items():
@@ -70,6 +74,16 @@ def run_demo(out: Path, *, seed: int, short: bool = False) -> dict[str, Any]:
     return results
 
 
+def _clear(out: Path) -> None:
+    """Remove an earlier demo; refuse any other folder that holds something."""
+    marker = out / MARKER
+    if out.exists() and any(out.iterdir()) and not marker.exists():
+        raise DemoError(f"{out} holds files that no demo made; give --out an empty or new folder")
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    marker.touch()
+
+
 def evaluate_runs(runs: Mapping[str, Path], data: Path, out: Path) -> dict[str, Any]:
     """Predict and score every run over the shards in `data`; writes results.json, scores.jsonl and report.html into
     `out`."""
@@ -79,8 +93,7 @@ def evaluate_runs(runs: Mapping[str, Path], data: Path, out: Path) -> dict[str, 
 
     scored, files = {}, {}
     for arm, run in runs.items():
-        predictions = run / "evaluation" / "predictions.jsonl"
-        ids = predict(run, data, predictions.parent)
+        predictions, ids = predict(run, data)
         scored[arm] = {**score(predictions, expected_ids=ids), **json.loads((run / "done.json").read_text())}
         files[arm] = ArmFiles(
             predictions=predictions, metrics=run / "metrics.jsonl", quarantine=run / "quarantine.jsonl"
@@ -102,12 +115,7 @@ def evaluate_runs(runs: Mapping[str, Path], data: Path, out: Path) -> dict[str, 
 
 def provenance(runs: Mapping[str, Path], data: Path) -> dict[str, Any]:
     """What a reader needs to repeat the figures: versions, code, data digest, weights' hashes, machine."""
-
-    def digest(run: Path) -> str:
-        hashed = hashlib.sha256()
-        for path in sorted((run / "model").glob("*.safetensors")):
-            hashed.update(path.read_bytes())
-        return hashed.hexdigest()[:16]
+    from swim.train.predict import weights_digest
 
     root = LAUNCHER.parent.parent
     git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
@@ -118,7 +126,7 @@ def provenance(runs: Mapping[str, Path], data: Path) -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "held_out": ShardSet(data).digest[:16],
-        "weights": {arm: digest(run) for arm, run in runs.items()},
+        "weights": {arm: weights_digest(run)[:16] for arm, run in runs.items()},
     }
 
 
@@ -174,8 +182,13 @@ def write_table(path: Path, folders: Mapping[int, Path]) -> None:
 
 
 def _estimate(estimate: Mapping[str, Any], sign: str = "") -> str:
+    if estimate["value"] is None:
+        return "-"  # nothing to score, such as a data set without masks
+    value = f"{estimate['value']:{sign}.3f}"
+    if estimate["interval"] is None:
+        return value  # one clip has no spread
     low, high = estimate["interval"]
-    return f"{estimate['value']:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return f"{value} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def _readers(data: Path) -> tuple[Callable[[str, list[int]], np.ndarray], Callable[[str, str, int], np.ndarray | None]]:

@@ -1,7 +1,6 @@
 """From the plan to micro-batches: which packs this rank reads, and the batches made of them in loader workers."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -91,13 +90,9 @@ def load_steps(
         sampler=range(start, stop),
         num_workers=workers,
         worker_init_fn=_one_thread if workers else None,
+        generator=torch.Generator(),  # else its base seed is drawn from the generator that a checkpoint restores
     )
     return iter(loader)
-
-
-def check_folders(folders: Sequence[Path]) -> list[Path]:
-    """Those of the folders that hold no shard yet."""
-    return [folder for folder in folders if not any(folder.glob("*.tar"))]
 
 
 def _one_thread(_: int) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 from swim.data_tools.synth import synthesise
 from swim.train.batch import Batch
 from swim.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
-from swim.train.config import Config, ConfigError
-from swim.train.loader import Order, check_folders, load_steps
-from swim.train.metrics import Metrics, append_jsonl, count_lines, drop_after, peak_memory_mib
+from swim.train.config import Config, ConfigError, engine_file
+from swim.train.loader import Order, load_steps
+from swim.train.metrics import Metrics, append_jsonl, drop_after, peak_memory_mib, write_whole
 from swim.train.system import Loss, Progress, System, build_system
 from swim.train.world import World, init_world
 
@@ -36,6 +36,11 @@ def train(config: Config) -> Path:
     world = init_world()
     folder = config.run.folder
     _prepare(config, world)
+    if any(world.gather(world.is_main and (folder / "done.json").exists())):
+        if world.is_main:
+            print(f"{folder} is finished: its model is {folder / 'model'}; give run.name another value to train anew")
+        world.close()
+        return folder
     order, system = Order(config), build_system(config)
     engine = _build_engine(config, system, order.micro_batches(world.size), world)
     start = _resume(engine, order, folder, world)
@@ -44,22 +49,23 @@ def train(config: Config) -> Path:
         order, system.collator, start=start, stop=stop, rank=world.rank, size=world.size, workers=config.data.workers
     )
     metrics = Metrics(folder / "metrics.jsonl" if world.is_main else None, start=start, steps=config.run.steps)
-    began, bad = time.perf_counter(), count_lines(folder / "quarantine.jsonl")
     for step in range(start, stop):
         values = train_step(engine, system, batches, config, Progress(step, config.run.steps), world)
-        done, bad = step + 1, bad + int(values["holes"])
+        done = step + 1
+        bad = _count_bad(folder, world) if values["holes"] else 0
+        metrics.log(done, values)
+        due = config.run.save_every and done % config.run.save_every == 0
+        if done == stop or due or bad > config.data.max_bad:
+            save_checkpoint(engine, folder / "checkpoints", done, order.state(done), world)
         if bad > config.data.max_bad:
             raise TrainingError(
                 f"step {step}: {bad} conversations could not be read so far, data.max_bad is {config.data.max_bad}; "
-                f"see {folder / 'quarantine.jsonl'}, repair the shards or raise the limit"
+                f"see {folder / 'quarantine.jsonl'}, repair the shards or raise the limit, then resume"
             )
-        metrics.log(done, values, write=done % config.run.log_every == 0 or done == stop)
-        if done == stop or (config.run.save_every and done % config.run.save_every == 0):
-            save_checkpoint(engine, folder / "checkpoints", done, order.state(done), world)
     metrics.close()
     if stop == config.run.steps:
-        save_model(engine, folder / "model", system.tokenizer, world)
-        _finish(folder, world, time.perf_counter() - began)
+        save_model(engine, folder / "model", system.tokenizer, config.model.path, world)
+        _finish(folder, world)
     world.close()
     return folder
 
@@ -89,8 +95,11 @@ def train_step(
             engine.step()
     sums.update(system.after_backward())
     totals = world.sum(sums)
-    _guard(totals, micro_batches, progress, config, world)
+    _guard(totals["bad_loss"], "loss", micro_batches, progress, config, world)
     engine.step()
+    # Without a word DeepSpeed skips a step whose gradient is not finite; its norm is the same on every rank.
+    norm = float(engine.get_global_grad_norm() or 0.0)
+    _guard(not math.isfinite(norm), "gradient", micro_batches, progress, config, world)
     if totals["holes"]:
         lines = [{"step": progress.step, **hole} for of_rank in world.gather(holes) for hole in of_rank]
         if world.is_main:
@@ -106,7 +115,7 @@ def train_step(
     values |= {f"count/{name}": count for name, count in counts.items()}
     return values | {
         "supervised_share": counts.get("mask", 0.0) / max(counts.get("nouns", 0.0), 1.0),
-        "grad_norm": float(engine.get_global_grad_norm() or 0.0),
+        "grad_norm": norm,
         "lr": learning_rate(config, progress.step),
         "step_s": elapsed,
         "tokens_per_s": counts["tokens"] / elapsed,
@@ -117,7 +126,7 @@ def train_step(
 
 
 def combine(loss: Loss, counts: dict[str, float]) -> Tensor:
-    """Weighted sum of the terms, each divided by the step's count of its name; a term nobody counts is zero."""
+    """Weighted sum of the terms, each divided by the step's count of its name, or by 1 where that is 0."""
     return torch.stack([term.weight * term.sum / max(counts[name], 1.0) for name, term in loss.terms.items()]).sum()
 
 
@@ -134,12 +143,7 @@ def learning_rate(config: Config, step: int) -> float:
 def engine_config(config: Config, micro_batches: int, world_size: int) -> dict[str, Any]:
     """The DeepSpeed configuration: the named file plus what this program computes (batch sizes, type, clipping,
     rates)."""
-    folder = Path(__file__).resolve().parent.parent / "ds_configs"
-    path = next((p for p in (folder / f"{config.deepspeed}.json", Path(config.deepspeed)) if p.is_file()), None)
-    if path is None:
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
-        raise ConfigError(f"deepspeed: {config.deepspeed!r} is neither a file nor one of: {known}")
-    fields = json.loads(path.read_text())
+    fields = json.loads(engine_file(config).read_text())
     parameters = fields.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})
     parameters.update(lr=config.optim.lr, betas=list(config.optim.betas), weight_decay=config.optim.weight_decay)
     return fields | {
@@ -167,32 +171,58 @@ def _build_engine(config: Config, system: System, micro_batches: int, world: Wor
 
 
 def _prepare(config: Config, world: World) -> None:
-    """Run folder, resolved configuration and, where asked for, synthetic data: made by the main rank, awaited by
-    all."""
-    folder, synth = config.run.folder, config.data.synth
+    """Run folder, resolved configuration and synthetic data if asked for: made by the main rank, awaited by all."""
     problem = None
     if world.is_main:
-        if synth is not None and (missing := check_folders(config.data.train)):
-            print(f"rendering {synth.clips} clips into {missing[0]}", flush=True)
-            synthesise(missing[0], clips=synth.clips, seed=synth.seed, size=synth.size)
-        folder.mkdir(parents=True, exist_ok=True)
-        resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        saved = folder / "config.yaml"
-        if saved.exists() and _identity(yaml.safe_load(saved.read_text())) != _identity(yaml.safe_load(resolved)):
-            problem = (
-                f"{folder} holds a run with another configuration; give run.name another value or remove the folder"
-            )
-        else:
-            saved.write_text(resolved)
+        try:
+            _render(config)
+            _claim(config)
+        except (ConfigError, ValueError, OSError) as error:
+            problem = str(error)
+    # Told to all ranks: they would wait for a main rank that has left.
     if problem := world.gather(problem)[0]:
         raise ConfigError(problem)
 
 
+def _render(config: Config) -> None:
+    synth, folder = config.data.synth, config.data.train[0]
+    if synth is None:
+        return
+    recipe, wanted = folder / "synth.json", json.dumps(synth.model_dump())
+    if any(folder.glob("*.tar")):
+        found = recipe.read_text() if recipe.exists() else "other data"
+        if found != wanted:
+            raise ConfigError(
+                f"data.synth asks for {wanted}, but {folder} holds {found}; remove that folder, or set data.synth=null"
+            )
+        return
+    print(f"rendering {synth.clips} clips into {folder}", flush=True)
+    synthesise(folder, clips=synth.clips, seed=synth.seed, size=synth.size)
+    recipe.write_text(wanted)
+
+
+def _claim(config: Config) -> None:
+    folder = config.run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = config.model_dump(mode="json")
+    saved = folder / "config.yaml"
+    if saved.exists() and _identity(yaml.safe_load(saved.read_text())) != _identity(resolved):
+        raise ConfigError(
+            f"{folder} holds a run with another configuration; give run.name another value or remove the folder"
+        )
+    write_whole(saved, yaml.safe_dump(resolved, sort_keys=False))
+
+
+def _count_bad(folder: Path, world: World) -> int:
+    ids = set()
+    if world.is_main:
+        ids = {json.loads(line)["id"] for line in (folder / "quarantine.jsonl").read_text().splitlines()}
+    return int(world.gather(len(ids))[0])
+
+
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     # What may change between the parts of one run: when it saves, logs and stops, how it is launched and loaded.
-    run = {
-        k: v for k, v in config["run"].items() if k not in ("save_every", "log_every", "stop_after", "output", "name")
-    }
+    run = {k: v for k, v in config["run"].items() if k not in ("save_every", "stop_after", "output", "name")}
     data = {k: v for k, v in config["data"].items() if k not in ("workers", "max_bad", "train", "synth")}
     return {**config, "run": run, "data": data, "launch": None}
 
@@ -210,14 +240,14 @@ def _resume(engine: Any, order: Order, folder: Path, world: World) -> int:
     return step
 
 
-def _guard(totals: dict[str, float], batches: list[Batch], progress: Progress, config: Config, world: World) -> None:
-    if not totals["bad_loss"]:
+def _guard(bad: float, what: str, batches: list[Batch], progress: Progress, config: Config, world: World) -> None:
+    if not bad:
         return
     ids = [name for batch in batches for name in batch.ids]
     found = [name for names in world.gather(ids) for name in names]
     raise TrainingError(
-        f"step {progress.step}: the loss is not finite; samples of the step: {', '.join(found)}. Nothing was updated; "
-        f"lower optim.lr ({config.optim.lr}), look at these samples, or resume from the last checkpoint"
+        f"step {progress.step}: the {what} is not finite; samples of the step: {', '.join(found)}. Nothing was "
+        f"updated; lower optim.lr ({config.optim.lr}), look at these samples, or resume from the last checkpoint"
     )
 
 
@@ -225,10 +255,12 @@ def _sum(items: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(item[name] for item in items) for name in items[0]}
 
 
-def _finish(folder: Path, world: World, seconds: float) -> None:
+def _finish(folder: Path, world: World) -> None:
     peaks = world.gather(peak_memory_mib(world.device))
     if world.is_main:
+        # From the metrics, so that a run in several parts counts all of them.
+        seconds = sum(json.loads(line)["step_s"] for line in (folder / "metrics.jsonl").read_text().splitlines())
         summary = {"seconds": round(seconds, 1), "peak_memory_mib": round(max(peaks)), "ranks": world.size}
         # Success is this file, not an exit code: a launcher that is killed exits 0.
-        (folder / "done.json").write_text(json.dumps(summary))
+        write_whole(folder / "done.json", json.dumps(summary))
         print(f"finished: {folder / 'model'} is a stock transformers folder", flush=True)

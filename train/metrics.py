@@ -1,6 +1,7 @@
 """What a run says: metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
 
 import json
+import os
 import resource
 import sys
 import time
@@ -34,14 +35,11 @@ class Metrics:
             self._task = self._progress.add_task("train", total=steps, completed=start)
             self._progress.start()
 
-    def log(self, step: int, values: dict[str, float], *, write: bool) -> None:
-        """Note step `step` (from 1); `write` adds the line to metrics.jsonl."""
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Note step `step` (from 1)."""
         if self._file is None:
             return
-        if write:
-            self._file.write(
-                json.dumps({"step": step, **{name: _short(value) for name, value in values.items()}}) + "\n"
-            )
+        self._file.write(json.dumps({"step": step, **{name: _short(value) for name, value in values.items()}}) + "\n")
         shown = ("loss/text", "loss/mask", "lr", "tokens_per_s", "data_wait", "peak_memory_mib")
         text = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
         if values["holes"]:
@@ -78,9 +76,11 @@ def append_jsonl(path: Path, lines: list[dict[str, Any]]) -> None:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def count_lines(path: Path) -> int:
-    """Lines of a file, 0 if there is none."""
-    return len(path.read_text().splitlines()) if path.exists() else 0
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there completely or not at all."""
+    hidden = path.with_name(f".{path.name}.incoming")
+    hidden.write_text(text)
+    os.replace(hidden, path)
 
 
 def drop_after(path: Path, step: int) -> None:
@@ -95,7 +95,7 @@ def drop_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             continue  # cut off while it was written
-    path.write_text("".join(kept))
+    write_whole(path, "".join(kept))
 
 
 def _short(value: float) -> float:

@@ -3,11 +3,11 @@ error."""
 
 import pytest
 import torch
-from tiny import gradients, largest_difference, make_batch, make_data, tiny_config
+from tiny import gradients, largest_difference, make_batch, make_data, requests, tiny_config
 from torch import nn
 
 from swim.train.attention import Capture, enable_checkpointing, register_capture
-from swim.train.system import Progress, build_system
+from swim.train.system import Progress, Request, build_system
 from swim.train.systems.swim.data import SwimBatch
 from swim.train.systems.swim.objective import noun_maps
 
@@ -157,15 +157,32 @@ def test_a_model_without_the_capture_function_is_named_as_the_cause(shards):
         system.loss(model, make_batch(system, shards, [0]), PROGRESS)
 
 
-def test_padding_is_masked_under_the_registered_name(shards):
+def test_left_padding_is_masked_under_the_registered_name(shards):
+    # Right padding is hidden by causal attention anyway; prompts of unequal length are padded on the left to generate.
     system, model = build(shards)
-    one, both = make_batch(system, shards, [1]), make_batch(system, shards, [0, 1])
-    shorter = {k: v for k, v in one.inputs.items() if k != "pixel_values_videos"}
-    assert shorter["input_ids"].shape[1] <= both.inputs["input_ids"].shape[1]
-    alone = model(**one.inputs, use_cache=False).logits
-    padded = model(**both.inputs, use_cache=False).logits[len(both.ids) - len(one.ids) :, : alone.shape[1]]
-    mask = one.inputs["attention_mask"].bool()
-    torch.testing.assert_close(padded[mask], alone[mask], atol=1e-4, rtol=1e-4)
+    model.eval()
+    (request,) = requests(shards, [0])
+    together = system.predict(model, request)
+    alone = [system.predict(model, Request(request.sample, (i,)))[0] for i in request.conversations]
+    assert [line["answer"] for line in together] == [line["answer"] for line in alone]
+    assert len({line["answer"] for line in alone}) > 1, "answers must be able to differ"
+    ids = system.collator([request])
+    lengths = ids.prompt_lengths
+    assert len(set(lengths)) > 1, "prompts must differ in length"
+    row = min(range(len(lengths)), key=lengths.__getitem__)
+    prompt = ids.inputs["input_ids"][row : row + 1, : lengths[row]]
+    pad = torch.full((1, 7), system.collator.pad_token)
+    positions = ids.inputs["position_ids"][:, row : row + 1, : lengths[row]]
+    visual = {"pixel_values_videos": ids.clips and system.collator.load_clip(request.sample).patches}
+    visual |= {"video_grid_thw": ids.inputs["video_grid_thw"][row : row + 1]}
+    plain = model(input_ids=prompt, position_ids=positions, attention_mask=torch.ones_like(prompt), **visual).logits
+    padded = model(
+        input_ids=torch.cat([pad, prompt], 1),
+        position_ids=torch.cat([torch.zeros(3, 1, 7, dtype=torch.int64), positions], 2),
+        attention_mask=torch.cat([torch.zeros_like(pad), torch.ones_like(prompt)], 1),
+        **visual,
+    ).logits[:, 7:]
+    torch.testing.assert_close(padded, plain, atol=1e-4, rtol=1e-4)
 
 
 def test_eager_cannot_be_wrapped(shards):

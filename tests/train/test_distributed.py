@@ -14,7 +14,7 @@ from tiny import largest_difference, make_data
 from transformers import AutoModelForImageTextToText
 
 from swim.data_tools.records import Conversation, Record, Turn
-from swim.data_tools.shards import ShardSet, ShardWriter
+from swim.data_tools.shards import ShardWriter
 from swim.train.config import load_config
 from swim.train.loader import Order, load_steps
 from swim.train.loop import combine, learning_rate
@@ -225,7 +225,3 @@ def test_order_does_not_depend_on_the_number_of_ranks(mixed):
             assert len({len(packs) for packs in ranks}) == 1
             interleaved = [packs[i] for i in range(len(ranks[0])) for packs in ranks]
             assert [pack for pack in interleaved if pack is not None] == [pack for pack in alone if pack is not None]
-
-
-def test_shards_are_the_ones_named(mixed):
-    assert len(ShardSet(mixed / "text")) == 6

@@ -29,11 +29,6 @@ class Targets:
     unit_lengths: Tensor  # (U,) int64
     unit_weights: Tensor  # (U,) fp32, 1 / units of the noun
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Targets":
-        """Copy on `device`."""
-        tensors = (self.cells, self.coverage, self.unit_lengths, self.unit_weights)
-        return Targets(*(tensor.to(device, non_blocking=non_blocking) for tensor in tensors))
-
 
 @dataclass
 class SwimBatch(Batch):
@@ -59,23 +54,8 @@ class SwimCollator:
         masks: list[Masks] = []
         holes = list(holes)
         for request in requests:
-            try:
-                clip = self.load_clip(request.sample)
-                num_tokens = int(np.prod(clip.grid)) if clip is not None else 0
-                new = [
-                    (
-                        name,
-                        self.encoder(request.sample.record.conversations[i], name=name, num_video_tokens=num_tokens),
-                        clip,
-                    )
-                    for i in request.conversations
-                    for name in [f"{request.sample.key}#{i}"]
-                ]
-            except (BadSample, VideoError, RecordError) as error:
-                shard, offset = (error.shard, error.offset) if isinstance(error, BadSample) else ("", 0)
-                holes += [Hole(f"{request.sample.key}#{i}", shard, offset, str(error)) for i in request.conversations]
-                continue
-            rows += new
+            new, bad = self._encode(request)
+            rows, holes = rows + new, holes + bad
             masks += [request.sample.masks] * len(new)
         special = self.encoder.special
         batch = pad_batch(
@@ -87,12 +67,36 @@ class SwimCollator:
         fields = {**batch.__dict__, "counts": {**batch.counts, **counts}}
         return SwimBatch(**fields, targets=targets, coverages=coverages)
 
+    def _encode(self, request: Request) -> tuple[list[tuple[str, Encoded, Clip | None]], list[Hole]]:
+        """Rows of the request's conversations, and a hole for each that cannot become one."""
+        sample = request.sample
+        names = [f"{sample.key}#{i}" for i in request.conversations]
+        try:
+            clip = self.load_clip(sample)
+        except (BadSample, VideoError, RecordError) as error:
+            return [], [_hole(sample, name, error) for name in names]
+        rows: list[tuple[str, Encoded, Clip | None]] = []
+        holes = []
+        for i, name in zip(request.conversations, names):
+            try:
+                if (span := sample.record.conversations[i].span) is not None:
+                    raise RecordError(f"{name}: span {list(span)}: only conversations about the whole clip can be used")
+                num_tokens = int(np.prod(clip.grid)) if clip is not None else 0
+                encoded = self.encoder(sample.record.conversations[i], name=name, num_video_tokens=num_tokens)
+                rows.append((name, encoded, clip))
+            except RecordError as error:
+                holes.append(_hole(sample, name, error))
+        return rows, holes
+
     def load_clip(self, sample: Sample) -> Clip | None:
         """Decode and patchify the clip's sampled frames; None for a record without media. BadSample or VideoError if
         unreadable."""
         if not sample.record.media:
             return None
         media = sample.record.media[0]
+        if media.kind != "video" or len(sample.record.media) > 1:
+            kinds = [item.kind for item in sample.record.media]
+            raise RecordError(f"{sample.key}: media {kinds}: only records with one video, or none, can be used")
         annotated = None
         if self.data.frame_sampling == "annotated":
             annotated = sorted({frame for frames in sample.masks.values() for frame in frames})
@@ -108,7 +112,8 @@ class SwimCollator:
             pixels, self.geometry, min_pixels=self.data.min_pixels, max_pixels=self.data.max_pixels
         )
         merge = self.geometry.merge_size
-        spacing = (chosen[-1] - chosen[0]) / max(len(chosen) - 1, 1) or 1.0
+        # A clip shorter than num_frames ends in repetitions of its last frame, which take no time.
+        spacing = max(1.0, (chosen[-1] - chosen[0]) / max(len(chosen) - 1, 1))
         return Clip(
             key=sample.key,
             patches=patches,
@@ -120,6 +125,11 @@ class SwimCollator:
     def _coverages(self, noun: Noun, masks: Masks, clip: Clip | None) -> tuple[np.ndarray | None, ...]:
         assert clip is not None  # only rows with a clip own nouns
         return tuple(step_coverage(noun.object_ids, masks, frames, clip.grid[1:]) for frames in clip.frames)
+
+
+def _hole(sample: Sample, name: str, error: Exception) -> Hole:
+    shard, offset = sample.place
+    return Hole(name, shard, offset, str(error))
 
 
 def step_coverage(

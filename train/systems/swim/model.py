@@ -1,5 +1,6 @@
 """SWIM as a system: a stock video LLM, the capture attention function, the objective and its predictions."""
 
+import difflib
 import re
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConf
 
 from swim.train.attention import MODEL_KWARG, Capture, enable_checkpointing, register_capture
 from swim.train.batch import Batch, ConversationEncoder, SpecialTokens
-from swim.train.config import Config
+from swim.train.config import Config, ConfigError
 from swim.train.preprocess import Geometry
 from swim.train.system import Loss, Progress, Request
 from swim.train.systems.swim.config import Config as SwimConfig
@@ -49,7 +50,10 @@ class SwimSystem:
         vision = "sdpa" if source.attention == "sdpa" else source.attention
         attention = {"text_config": source.attention, "vision_config": vision}
         if source.path is not None:
-            model = AutoModelForImageTextToText.from_pretrained(source.path, dtype=dtype, attn_implementation=attention)
+            # safetensors only: other weight files are pickles, which run code when they are read
+            model = AutoModelForImageTextToText.from_pretrained(
+                source.path, dtype=dtype, attn_implementation=attention, use_safetensors=True
+            )
         else:
             torch.manual_seed(self.config.run.seed)
             model = AutoModelForImageTextToText.from_config(
@@ -62,7 +66,7 @@ class SwimSystem:
             matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
             if not matched:
                 example = next(model.named_parameters())[0]
-                raise ValueError(f"model.freeze: {pattern!r} matches no parameter; names look like {example!r}")
+                raise ConfigError(f"model.freeze: {pattern!r} matches no parameter; names look like {example!r}")
             for parameter in matched:
                 parameter.requires_grad_(False)
         return model
@@ -175,15 +179,22 @@ class SwimSystem:
     def _check_layers(self) -> None:
         num_layers = self.model_config.get_text_config().num_hidden_layers
         if outside := [layer for layer in self.options.layers if not 0 <= layer < num_layers]:
-            raise ValueError(f"system.layers: {outside} are not layers of this model; it has 0 to {num_layers - 1}")
+            raise ConfigError(f"system.layers: {outside} are not layers of this model; it has 0 to {num_layers - 1}")
 
 
 def _inline_config(fields: dict[str, Any], tokenizer: Any) -> Any:
     control = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     text = {**fields.get("text_config", {}), "vocab_size": len(tokenizer), **control}
     vision = {**fields.get("vision_config", {}), "out_hidden_size": text.get("hidden_size")}
-    known = {**{k: v for k, v in fields.items() if k != "model_type"}, **control_token_fields(tokenizer)}
-    return AutoConfig.for_model(fields["model_type"], **{**known, "text_config": text, "vision_config": vision})
+    top = {**{k: v for k, v in fields.items() if k != "model_type"}, **control_token_fields(tokenizer)}
+    config = AutoConfig.for_model(fields["model_type"], **{**top, "text_config": text, "vision_config": vision})
+    # transformers keeps whatever it is given: a misspelt key would silently leave the default.
+    for where, given, section in (("", top, config), ("text_config.", text, config.text_config), ("vision_config.", vision, config.vision_config)):
+        known = set(type(section)().to_dict())
+        for key in sorted(set(given) - known):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
+            raise ConfigError(f"model.config.{where}{key}: unknown key; did you mean {near[0]!r}?")
+    return config
 
 
 def build(config: Config) -> SwimSystem:
