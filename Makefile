@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 
 env: $(STAMP)
 
-# torch comes first and exactly pinned: a range would fetch gigabytes of CUDA packages on a machine without a GPU.
+# torch comes first and exactly pinned, so that what depends on it finds it and fetches no other build.
 # torchvision serves one test as an oracle. Its wheel does not import beside CPU torch, so it stays out of the environment.
 $(STAMP): setup.py constraints.txt
 	test -x $(BIN)/python || $$(command -v $(PYTHON) || command -v python3) -m venv $(VENV)

@@ -19,8 +19,9 @@ from torch import Tensor
 
 LossKind = Literal["kl", "bce"]
 
-# A softmax over thousands of cells holds honest values far below this only where the loss should not care.
-MIN_PROBABILITY = 1e-12
+# Keeps logs finite. Far below any probability that a cell can lose its gradient at: d log m / d logit is 1 down to
+# here.
+MIN_PROBABILITY = 1e-30
 
 
 def mask_loss(

@@ -122,6 +122,8 @@ class ConversationEncoder:
                 if mention.kind == "noun" and mention.object_ids:
                     tokens = tokens_of(start + mention.head[0], start + mention.head[1])
                     head = turn.text[slice(*mention.head)]
+                    if not len(tokens):
+                        raise RecordError(f"{name}: turns[{number}]: the tokenizer gives no token to the noun {head!r}")
                     nouns.append(
                         Noun(
                             row,

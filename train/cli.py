@@ -34,11 +34,12 @@ def evaluate(
     ] = None,
 ) -> None:
     """Predict, score and report: answers, alignment of noun attention with masks, and a page to look at."""
+    from swim.train.config import ConfigError
     from swim.train.demo import evaluate_runs, print_results
 
     names = [run.resolve().name for run in runs]
     if len(runs) > 2 or len(set(names)) < len(names):
-        raise ValueError(f"runs are {', '.join(map(str, runs))}; give one, or two whose folders have different names")
+        raise ConfigError(f"runs are {', '.join(map(str, runs))}; give one, or two whose folders have different names")
     print_results(evaluate_runs(dict(zip(names, runs)), data, out or runs[-1]))
 
 
@@ -69,12 +70,14 @@ def main() -> None:
     # Before torch is imported: on a few cores a second thread only waits for the first.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from swim.data_tools.plan import PlanError
+    from swim.data_tools.shards import ShardError
     from swim.train.config import ConfigError
     from swim.train.demo import DemoError
 
     try:
         app()
-    except (ConfigError, DemoError, ValueError, FileNotFoundError) as error:
+    except (ConfigError, DemoError, ShardError, PlanError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 

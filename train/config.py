@@ -22,7 +22,13 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A part of the configuration: unknown keys are errors, field docstrings are the documentation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        coerce_numbers_to_str=True,  # YAML reads run.name=2024 as a number
+    )
 
 
 class RunConfig(Section):

@@ -24,6 +24,8 @@ class Order:
     def plan(self, epoch: int) -> Plan:
         """The plan of one epoch."""
         if epoch not in self._plans:
+            if len(self._plans) > 2:
+                self._plans.clear()  # a long run has many epochs
             data = self._config.data
             self._plans[epoch] = make_plan(
                 [shards.digest for shards in self.shards],

@@ -8,6 +8,7 @@ ranks.
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from swim.train.checkpoint import latest_checkpoint, load_checkpoint, save_check
 from swim.train.config import Config, ConfigError, engine_file
 from swim.train.loader import Order, load_steps
 from swim.train.metrics import Metrics, append_jsonl, drop_after, peak_memory_mib, write_whole
-from swim.train.system import Loss, Progress, System, build_system
+from swim.train.system import Progress, System, Term, build_system
 from swim.train.world import World, init_world
 
 
@@ -42,27 +43,30 @@ def train(config: Config) -> Path:
         world.close()
         return folder
     order, system = Order(config), build_system(config)
+    if len(set(world.gather(order.plan(0).digest))) > 1:
+        raise ConfigError(
+            f"the ranks see different data in {[str(path) for path in config.data.train]}; compare the nodes"
+        )
     engine = _build_engine(config, system, order.micro_batches(world.size), world)
     start = _resume(engine, order, folder, world)
     stop = min(config.run.stop_after or config.run.steps, config.run.steps)
     batches = load_steps(
         order, system.collator, start=start, stop=stop, rank=world.rank, size=world.size, workers=config.data.workers
     )
-    metrics = Metrics(folder / "metrics.jsonl" if world.is_main else None, start=start, steps=config.run.steps)
-    for step in range(start, stop):
-        values = train_step(engine, system, batches, config, Progress(step, config.run.steps), world)
-        done = step + 1
-        bad = _count_bad(folder, world) if values["holes"] else 0
-        metrics.log(done, values)
-        due = config.run.save_every and done % config.run.save_every == 0
-        if done == stop or due or bad > config.data.max_bad:
-            save_checkpoint(engine, folder / "checkpoints", done, order.state(done), world)
-        if bad > config.data.max_bad:
-            raise TrainingError(
-                f"step {step}: {bad} conversations could not be read so far, data.max_bad is {config.data.max_bad}; "
-                f"see {folder / 'quarantine.jsonl'}, repair the shards or raise the limit, then resume"
-            )
-    metrics.close()
+    with Metrics(folder / "metrics.jsonl" if world.is_main else None, start=start, steps=config.run.steps) as metrics:
+        for step in range(start, stop):
+            values = train_step(engine, system, batches, config, Progress(step, config.run.steps), world)
+            metrics.log(step + 1, values)
+            due = config.run.save_every and (step + 1) % config.run.save_every == 0
+            bad = _count_bad(folder, world) if values["holes"] else 0
+            if step + 1 == stop or due or bad > config.data.max_bad:
+                save_checkpoint(engine, folder / "checkpoints", step + 1, order.state(step + 1), world)
+            if bad > config.data.max_bad:
+                raise TrainingError(
+                    f"step {step}: {bad} conversations could not be read so far, data.max_bad is "
+                    f"{config.data.max_bad}; see {folder / 'quarantine.jsonl'}, repair the shards or raise the limit, "
+                    "then resume"
+                )
     if stop == config.run.steps:
         save_model(engine, folder / "model", system.tokenizer, config.model.path, world)
         _finish(folder, world)
@@ -71,50 +75,47 @@ def train(config: Config) -> Path:
 
 
 def train_step(
-    engine: Any, system: System, batches: Any, config: Config, progress: Progress, world: World
+    engine: Any, system: System, batches: Iterator[list[Batch]], config: Config, progress: Progress, world: World
 ) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches; returns the step's numbers."""
+    """One optimizer step over this rank's micro-batches; returns the step's numbers, the same on every rank."""
     began = time.perf_counter()
-    micro_batches: list[Batch] = [batch.to(world.device) for batch in next(batches)]
+    micro_batches = [batch.to(world.device) for batch in next(batches)]
     waited = time.perf_counter() - began
-    own = _sum([batch.counts for batch in micro_batches])
+    own = {name: sum(batch.counts[name] for batch in micro_batches) for name in micro_batches[0].counts}
     counts = world.sum({**own, "tokens": sum(batch.num_tokens for batch in micro_batches)})
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(config, progress.step)
-    holes = [asdict(hole) for batch in micro_batches for hole in batch.holes]
-    sums: dict[str, float] = {"bad_loss": 0.0, "waited": waited, "holes": float(len(holes))}
+    losses = []
     for number, batch in enumerate(micro_batches):
         loss = system.loss(engine, batch, progress)
-        total = combine(loss, counts)
-        for name, term in loss.terms.items():
-            sums[f"loss/{name}"] = sums.get(f"loss/{name}", 0.0) + float(term.sum.detach())
-        sums["bad_loss"] += float(not math.isfinite(float(total.detach())))
         # The engine averages over ranks; the terms are divided by the whole step's counts already.
-        engine.backward(total * world.size, scale_wrt_gas=False)
+        engine.backward(combine(loss, counts) * world.size, scale_wrt_gas=False)
+        losses.append({name: Term(term.sum.detach(), term.weight) for name, term in loss.items()})
         if number + 1 < len(micro_batches):
             engine.step()
-    sums.update(system.after_backward())
-    totals = world.sum(sums)
+    holes = [asdict(hole) for batch in micro_batches for hole in batch.holes]
+    sums = {f"loss/{name}": sum(float(loss[name].sum) for loss in losses) for name in losses[0]}
+    sums |= {
+        "bad_loss": float(not all(map(math.isfinite, sums.values()))),
+        "holes": float(len(holes)),
+        "waited": waited,
+    }
+    totals = world.sum({**sums, **system.after_backward()})
     _guard(totals["bad_loss"], "loss", micro_batches, progress, config, world)
     engine.step()
     # Without a word DeepSpeed skips a step whose gradient is not finite; its norm is the same on every rank.
     norm = float(engine.get_global_grad_norm() or 0.0)
     _guard(not math.isfinite(norm), "gradient", micro_batches, progress, config, world)
     if totals["holes"]:
-        lines = [{"step": progress.step, **hole} for of_rank in world.gather(holes) for hole in of_rank]
-        if world.is_main:
-            append_jsonl(config.run.folder / "quarantine.jsonl", lines)
+        _quarantine(holes, progress, config, world)
+
     elapsed = time.perf_counter() - began
-    values = {
-        name: totals[name] / max(counts[name.removeprefix("loss/")], 1) for name in totals if name.startswith("loss/")
-    }
-    weights = {f"loss/{name}": term.weight for name, term in loss.terms.items()}
-    values["loss/total"] = sum(weights[name] * value for name, value in values.items())
-    # Undo the engine factor: what is logged is the gradient of the loss above, whatever the number of ranks.
-    values |= {name: math.sqrt(total) / world.size for name, total in totals.items() if name.startswith("mask_grad/")}
+    means = {name: totals[f"loss/{name}"] / max(counts[name], 1) for name in losses[0]}
+    values = {f"loss/{name}": mean for name, mean in means.items()}
+    values["loss/total"] = sum(losses[0][name].weight * mean for name, mean in means.items())
     values |= {f"count/{name}": count for name, count in counts.items()}
+    values |= system.summarise({**counts, **totals}, world.size)
     return values | {
-        "supervised_share": counts.get("mask", 0.0) / max(counts.get("nouns", 0.0), 1.0),
         "grad_norm": norm,
         "lr": learning_rate(config, progress.step),
         "step_s": elapsed,
@@ -125,9 +126,9 @@ def train_step(
     }
 
 
-def combine(loss: Loss, counts: dict[str, float]) -> Tensor:
+def combine(loss: dict[str, Term], counts: dict[str, float]) -> Tensor:
     """Weighted sum of the terms, each divided by the step's count of its name, or by 1 where that is 0."""
-    return torch.stack([term.weight * term.sum / max(counts[name], 1.0) for name, term in loss.terms.items()]).sum()
+    return torch.stack([term.weight * term.sum / max(counts[name], 1.0) for name, term in loss.items()]).sum()
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -251,8 +252,10 @@ def _guard(bad: float, what: str, batches: list[Batch], progress: Progress, conf
     )
 
 
-def _sum(items: list[dict[str, float]]) -> dict[str, float]:
-    return {name: sum(item[name] for item in items) for name in items[0]}
+def _quarantine(holes: list[dict[str, Any]], progress: Progress, config: Config, world: World) -> None:
+    lines = [{"step": progress.step, **hole} for of_rank in world.gather(holes) for hole in of_rank]
+    if world.is_main:
+        append_jsonl(config.run.folder / "quarantine.jsonl", lines)
 
 
 def _finish(folder: Path, world: World) -> None:

@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from rich.console import Console
@@ -40,8 +40,9 @@ class Metrics:
         if self._file is None:
             return
         self._file.write(json.dumps({"step": step, **{name: _short(value) for name, value in values.items()}}) + "\n")
-        shown = ("loss/text", "loss/mask", "lr", "tokens_per_s", "data_wait", "peak_memory_mib")
-        text = "  ".join(f"{name} {values[name]:.4g}" for name in shown if name in values)
+        shown = [name for name in values if name.startswith("loss/")]
+        shown += ["lr", "tokens_per_s", "data_wait", "peak_memory_mib"]
+        text = "  ".join(f"{name} {values[name]:.4g}" for name in shown)
         if values["holes"]:
             self._console.print(
                 f"step {step}: {values['holes']:.0f} conversations could not be read, see quarantine.jsonl"
@@ -53,8 +54,10 @@ class Metrics:
             left = (now - self._began) / max(step - self._start, 1) * (self._steps - step)
             print(f"step {step}/{self._steps}  {text}  remaining {left:.0f} s", flush=True)
 
-    def close(self) -> None:
-        """Stop the progress bar and close the file."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._progress:
             self._progress.stop()
         if self._file:

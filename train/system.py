@@ -3,7 +3,7 @@ them."""
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -38,14 +38,6 @@ class Request:
     conversations: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Loss:
-    """Terms to train on, and scalars to log as they are (means over ranks)."""
-
-    terms: dict[str, Term]
-    scalars: dict[str, Tensor | float] = field(default_factory=dict)
-
-
 class Collator(Protocol):
     """Makes a batch in a loader worker: picklable, no parameters."""
 
@@ -68,12 +60,16 @@ class System(Protocol):
         """Optimizer groups of the trainable parameters."""
         ...
 
-    def loss(self, model: nn.Module, batch: Batch, progress: Progress) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, progress: Progress) -> dict[str, Term]:
         """Forward pass and unnormalised loss terms of one micro-batch."""
         ...
 
     def after_backward(self) -> dict[str, float]:
-        """Numbers that exist only after the backward pass of the last micro-batch (sums over micro-batches)."""
+        """Numbers that exist only after the backward pass, summed over this rank's micro-batches of the step."""
+        ...
+
+    def summarise(self, totals: dict[str, float], num_ranks: int) -> dict[str, float]:
+        """Numbers to log, made of the step's counts and of the sums over ranks of what `after_backward` gave."""
         ...
 
     def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:

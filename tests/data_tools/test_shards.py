@@ -215,11 +215,23 @@ def test_loose_media_are_read_from_the_folder(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         writer.write("a", _record(media), {}, {})
     sample = ShardSet(tmp_path).read(0)
-    with pytest.raises(BadSample, match=r"media\[0\] cannot be read: .*videos/a.mp4"):
+    with pytest.raises(BadSample, match=r"media\[0\].path 'videos/a.mp4' is not a file inside .*; put it there"):
         sample.media()
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"loose")
     assert sample.media() == b"loose"
+
+
+@pytest.mark.parametrize("path", ["../secret.mp4", "/dev/zero", "link.mp4"])
+def test_a_record_cannot_name_files_outside_its_folder(tmp_path: Path, path: str) -> None:
+    (tmp_path / "secret.mp4").write_bytes(b"secret")
+    folder = tmp_path / "shards"
+    media = Media(path=path, kind="video", height=8, width=8, num_frames=2, fps=1)
+    with ShardWriter(folder) as writer:
+        writer.write("a", _record(media), {}, {})
+    (folder / "link.mp4").symlink_to(tmp_path / "secret.mp4")
+    with pytest.raises(BadSample, match="is not a file inside"):
+        ShardSet(folder).read(0).media()
 
 
 def test_shards_and_samples_cross_processes(synth_folder: Path) -> None:

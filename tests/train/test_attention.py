@@ -72,7 +72,7 @@ def test_gradients_of_text_and_mask_loss_equal_those_through_eager_attention(sha
     batch = make_batch(system, shards, [0, 1])
 
     def total(loss):
-        return sum(term.weight * term.sum / batch.counts[name] for name, term in loss.terms.items())
+        return sum(term.weight * term.sum / batch.counts[name] for name, term in loss.items())
 
     total(system.loss(model, batch, PROGRESS)).backward()
     got = gradients(model)
@@ -123,7 +123,7 @@ def oracle_mask_loss(flat: torch.Tensor, batch: SwimBatch, kind: str) -> torch.T
 def test_the_mask_loss_alone_reaches_every_supervised_layer(shards, checkpointing):
     system, model = build(shards, "system.text_weight=0", f"model.checkpointing={checkpointing}")
     batch = make_batch(system, shards, [0])
-    term = system.loss(model, batch, PROGRESS).terms["mask"]
+    term = system.loss(model, batch, PROGRESS)["mask"]
     term.sum.backward()
     for layer in LAYERS:
         attention = model.model.language_model.layers[layer].self_attn
@@ -146,8 +146,8 @@ def test_plain_fine_tuning_measures_the_mask_loss_but_is_not_moved_by_it(shards)
     system, model = build(shards, "system.mask_weight=0")
     batch = make_batch(system, shards, [0])
     loss = system.loss(model, batch, PROGRESS)
-    assert loss.terms["mask"].sum > 0
-    assert not loss.terms["mask"].sum.requires_grad
+    assert loss["mask"].sum > 0
+    assert not loss["mask"].sum.requires_grad
 
 
 def test_a_model_without_the_capture_function_is_named_as_the_cause(shards):

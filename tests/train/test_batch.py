@@ -541,7 +541,7 @@ def test_an_empty_batch_runs_through_the_loss_and_backward(system):
     batch = system.collator([])
     assert batch.ids == [] and batch.nouns == [] and batch.num_tokens == 4  # noqa: PT018
     assert {name: count for name, count in batch.counts.items() if count} == {}
-    terms = system.loss(model, batch, Progress(0, 10)).terms
+    terms = system.loss(model, batch, Progress(0, 10))
     assert {name: term.sum.item() for name, term in terms.items()} == {"text": 0.0, "mask": 0.0}
     sum(term.weight * term.sum for term in terms.values()).backward()
     grads = [p.grad for p in model.parameters() if p.grad is not None]

@@ -85,7 +85,7 @@ def test_two_ranks_equal_a_plain_torch_loop(mixed, tmp_path):
         for batch in batches:
             loss = system.loss(model, batch, Progress(step, 5))
             combine(loss, counts).backward()
-            for name, term in loss.terms.items():
+            for name, term in loss.items():
                 sums[name] += float(term.sum.detach())
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
         for group in optimizer.param_groups:

@@ -1,6 +1,7 @@
 """SWIM as a system: a stock video LLM, the capture attention function, the objective and its predictions."""
 
 import difflib
+import math
 import re
 from typing import Any
 
@@ -13,7 +14,7 @@ from swim.train.attention import MODEL_KWARG, Capture, enable_checkpointing, reg
 from swim.train.batch import Batch, ConversationEncoder, SpecialTokens
 from swim.train.config import Config, ConfigError
 from swim.train.preprocess import Geometry
-from swim.train.system import Loss, Progress, Request
+from swim.train.system import Progress, Request, Term
 from swim.train.systems.swim.config import Config as SwimConfig
 from swim.train.systems.swim.data import SwimBatch, SwimCollator
 from swim.train.systems.swim.objective import noun_maps, swim_loss
@@ -83,14 +84,14 @@ class SwimSystem:
         ]
         return [group for group in groups if group["params"]]
 
-    def loss(self, model: nn.Module, batch: Batch, progress: Progress) -> Loss:
+    def loss(self, model: nn.Module, batch: Batch, progress: Progress) -> dict[str, Term]:
         """Text and mask terms of one micro-batch."""
         assert isinstance(batch, SwimBatch)
         every = self.options.gradient_every
-        loss, capture = swim_loss(model, batch, self.options, measure=every > 0 and progress.step % every == 0)
+        terms, capture = swim_loss(model, batch, self.options, measure=every > 0 and progress.step % every == 0)
         if capture.measure:
             self._captures.append(capture)
-        return loss
+        return terms
 
     def after_backward(self) -> dict[str, float]:
         """Squared gradient norms of the mask loss alone at q and k of each supervised layer, when they were
@@ -103,6 +104,12 @@ class SwimSystem:
                 squares[f"mask_grad/k{layer}"] = squares.get(f"mask_grad/k{layer}", 0.0) + k
         self._captures.clear()
         return squares
+
+    def summarise(self, totals: dict[str, float], num_ranks: int) -> dict[str, float]:
+        """Share of the nouns that carry a mask loss, and the gradient norms of the weighted mask loss."""
+        # The engine's factor undone: the gradient of the logged loss, whatever the number of ranks.
+        norms = {k: math.sqrt(v) / num_ranks for k, v in totals.items() if k.startswith("mask_grad/")}
+        return {"supervised_share": totals["mask"] / max(totals["nouns"], 1.0), **norms}
 
     @torch.no_grad()
     def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:

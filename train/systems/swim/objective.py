@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from swim.kernels.mask_loss import mask_loss
 from swim.train.attention import MODEL_KWARG, Capture
-from swim.train.system import Loss, Term
+from swim.train.system import Term
 from swim.train.systems.swim.config import Config
 from swim.train.systems.swim.data import SwimBatch
 
@@ -27,7 +27,7 @@ def noun_maps(maps: Mapping[int, Tensor], batch: SwimBatch) -> list[Tensor]:
     ]
 
 
-def swim_loss(model: nn.Module, batch: SwimBatch, config: Config, *, measure: bool) -> tuple[Loss, Capture]:
+def swim_loss(model: nn.Module, batch: SwimBatch, config: Config, *, measure: bool) -> tuple[dict[str, Term], Capture]:
     """Text and mask terms of one micro-batch; `measure` notes the mask loss's gradient norms in the returned
     Capture."""
     supervise = config.mask_weight > 0
@@ -45,7 +45,7 @@ def swim_loss(model: nn.Module, batch: SwimBatch, config: Config, *, measure: bo
         mask = mask_loss(mask_map, targets.coverage, targets.unit_lengths, targets.unit_weights, kind=config.loss)
     else:
         mask = text.new_zeros(())
-    return Loss({"text": Term(text, config.text_weight), "mask": Term(mask, config.mask_weight)}), capture
+    return {"text": Term(text, config.text_weight), "mask": Term(mask, config.mask_weight)}, capture
 
 
 def _starts(lengths: Sequence[int]) -> list[int]:
