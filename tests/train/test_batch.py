@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from swim.data_tools.records import Conversation, Mention, RecordError, Turn
-from swim.train.batch import IGNORE, Clip, ConversationEncoder, Encoded, SpecialTokens, mrope_positions, pad_batch
+from swim.train.batch import Clip, mrope_positions, pad_batch
 from swim.train.config import TokenizerConfig
+from swim.train.encode import IGNORE, ConversationEncoder, Encoded, SpecialTokens
 from swim.train.preprocess import Geometry
 from swim.train.system import Progress, build_system
 from swim.train.tokenizer import train_tokenizer

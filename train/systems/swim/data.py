@@ -13,8 +13,9 @@ from swim.data_tools.rle import cell_coverage, decode_mask, encode_mask
 from swim.data_tools.shards import BadSample, Sample
 from swim.data_tools.video import VideoError, choose_frames, decode_frames
 from swim.kernels.noun_attention import Scope
-from swim.train.batch import Batch, Clip, ConversationEncoder, Encoded, Hole, Noun, pad_batch
+from swim.train.batch import Batch, Clip, Hole, pad_batch
 from swim.train.config import DataConfig
+from swim.train.encode import ConversationEncoder, Encoded, Noun
 from swim.train.preprocess import Geometry, patchify
 from swim.train.system import Request
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from swim.train.attention import MODEL_KWARG, Capture, enable_checkpointing, register_capture
-from swim.train.batch import Batch, ConversationEncoder, SpecialTokens
+from swim.train.batch import Batch
 from swim.train.config import Config, ConfigError
+from swim.train.encode import ConversationEncoder, SpecialTokens
 from swim.train.preprocess import Geometry
 from swim.train.system import Progress, Request, Term
 from swim.train.systems.swim.config import Config as SwimConfig
