@@ -104,7 +104,7 @@ class DataConfig(Section):
     """What is trained on and how it becomes batches."""
 
     train: list[Path] = Field(min_length=1)
-    """Shard folders."""
+    """Shard folders; one may be written without brackets."""
     synth: SynthConfig | None = None
     """How to render `train` if it is missing."""
     tasks: list[str] | None = None
@@ -127,6 +127,11 @@ class DataConfig(Section):
     """Loader processes per rank."""
     max_bad: int = Field(100, ge=0)
     """Conversations that may turn out unreadable; one more stops the run, with a checkpoint."""
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_folder(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _pixels_in_order(self) -> "DataConfig":
