@@ -129,7 +129,7 @@ class SwimCollator:
 
 
 def _hole(sample: Sample, name: str, error: Exception) -> Hole:
-    shard, offset = sample.place
+    shard, offset = (error.shard, error.offset) if isinstance(error, BadSample) else sample.place
     return Hole(name, shard, offset, str(error))
 
 
