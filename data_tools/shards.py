@@ -131,11 +131,11 @@ class ShardWriter:
     def _finish(self) -> None:
         assert self._tar is not None
         self._tar.close()
-        _sync(self._hidden)
+        sync(self._hidden)
         # The index first: what has the name of a shard is then complete, whenever the machine stops.
         _write_index(self._path, self._hidden.stat().st_size, self._entries)
         os.replace(self._hidden, self._path)
-        _sync(self.folder)
+        sync(self.folder)
         self._num_shards += 1
         self._tar, self._entries = None, []
 
@@ -330,7 +330,7 @@ def _write_index(tar_path: Path, size: int, entries: list[Entry]) -> Path:
     path = _index_path(tar_path)
     hidden = path.with_name(f".{path.name}.partial")
     hidden.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines))
-    _sync(hidden)
+    sync(hidden)
     os.replace(hidden, path)
     return path
 
@@ -368,7 +368,8 @@ def _parse_index(tar_path: Path, text: bytes) -> Iterator[Entry]:
             raise ShardError(f"{_index_path(tar_path)}: {problem}; run 'swim data index {tar_path.parent}'") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

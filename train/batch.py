@@ -124,21 +124,12 @@ def pad_batch(
         Encoded(np.array([pad_token]), np.array([0]), np.array([IGNORE]), nouns=[], answer_start=1)
     ]
     clips: list[Clip | None] = [clip for _, _, clip in rows] or [None]
-    pixels = [clip.patches for clip in clips if clip is not None]
-    grids = [clip.grid for clip in clips if clip is not None]
-    clips_of_row = [[(clip.grid, clip.seconds_per_step)] if clip is not None else [] for clip in clips]
-    if not pixels:
-        tail = np.array([special.vision_start, special.video, special.vision_end])
-        first = encoded[0]
-        encoded[0] = replace(
-            first,
-            ids=np.concatenate([first.ids, tail]),
-            types=np.concatenate([first.types, np.array([0, 2, 0])]),
-            labels=np.concatenate([first.labels, np.full(3, IGNORE)]),
-        )
-        clips_of_row[0] = [((1, 1, 1), 1.0)]
-        grids = [(1, 1, 1)]
-        pixels = [torch.zeros(geometry.merge_size**2, geometry.patch_values)]
+    seen = [clip for clip in clips if clip is not None]
+    if not seen:
+        encoded[0] = _with_dummy_clip(encoded[0], special)
+        zeros = torch.zeros(geometry.merge_size**2, geometry.patch_values)
+        seen = [Clip(key="", patches=zeros, grid=(1, 1, 1), frames=[], seconds_per_step=1.0)]
+    spans = iter([(clip.grid, clip.seconds_per_step) for clip in seen])
 
     shape = (len(encoded), max(len(e.ids) for e in encoded))
     ids, types, mask = np.full(shape, pad_token), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -149,7 +140,8 @@ def pad_batch(
     for row, e in enumerate(encoded):
         length = len(e.ids)
         ids[row, :length], types[row, :length], mask[row, :length], labels[row, :length] = e.ids, e.types, 1, e.labels
-        positions[:, row, :length] = mrope_positions(e.types, clips_of_row[row], geometry.tokens_per_second)
+        of_row = [next(spans)] if e.types.any() else []
+        positions[:, row, :length] = mrope_positions(e.types, of_row, geometry.tokens_per_second)
         if (clip := clips[row]) is not None:
             nouns += [replace(noun, row=row) for noun in e.nouns]
             noun_rows += [(len(keys), token) for noun in e.nouns for token in noun.tokens]
@@ -165,8 +157,8 @@ def pad_batch(
             "attention_mask": torch.from_numpy(mask),
             "position_ids": torch.from_numpy(positions),
             "mm_token_type_ids": torch.from_numpy(types).int(),
-            "pixel_values_videos": torch.cat(pixels),
-            "video_grid_thw": torch.tensor([(t, h * merge, w * merge) for t, h, w in grids]),
+            "pixel_values_videos": torch.cat([clip.patches for clip in seen]),
+            "video_grid_thw": torch.tensor([(t, h * merge, w * merge) for t, h, w in (clip.grid for clip in seen)]),
         },
         label_columns=torch.from_numpy(columns) if len(columns) else torch.zeros(1, dtype=torch.int64),
         label_rows=torch.from_numpy(label_rows),
@@ -180,4 +172,14 @@ def pad_batch(
         prompt_lengths=[e.answer_start for e in encoded],
         counts={"text": float(len(label_rows))},
         holes=list(holes),
+    )
+
+
+def _with_dummy_clip(encoded: Encoded, special: SpecialTokens) -> Encoded:
+    tail = np.array([special.vision_start, special.video, special.vision_end])
+    return replace(
+        encoded,
+        ids=np.concatenate([encoded.ids, tail]),
+        types=np.concatenate([encoded.types, np.array([0, 2, 0])]),
+        labels=np.concatenate([encoded.labels, np.full(3, IGNORE)]),
     )

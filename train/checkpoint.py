@@ -20,6 +20,7 @@ from transformers.utils import cached_file
 
 from swim import __version__
 from swim.data_tools.plan import PlanState
+from swim.data_tools.shards import sync
 from swim.train.world import World
 
 MANIFEST = "manifest.json"
@@ -48,10 +49,10 @@ def save_checkpoint(engine: Any, folder: Path, step: int, state: PlanState, worl
         (hidden / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in hidden.rglob("*"):
             if path.is_file():
-                _sync(path)
+                sync(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(hidden, final)
-        _sync(folder)
+        sync(folder)
     world.barrier()
     return final
 
@@ -125,11 +126,3 @@ def save_model(engine: Any, folder: Path, tokenizer: Any, base: str | None, worl
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
