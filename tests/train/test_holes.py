@@ -49,6 +49,18 @@ def test_a_bad_conversation_leaves_the_others_of_its_clip(rewritten):
         assert hole.offset == min(offset for offset, _, _ in shards.entries[0].members.values())
 
 
+def test_predictions_beside_a_bad_conversation_keep_their_own_prompts(rewritten):
+    shards = rewritten([ask("first ?"), ask("ends <|im_end|> here ?"), ask("third ?")])
+    system = build_system(tiny_config(shards.folder, "data.tasks=null"))
+    (request,) = requests(shards, [0])
+    lines = system.predict(system.build_model().eval(), request)
+    assert {line["id"]: line.get("prompt", "failed") for line in lines} == {
+        "clip#0": "first ?",
+        "clip#1": "failed",
+        "clip#2": "third ?",
+    }
+
+
 def test_a_clip_that_is_no_video_is_a_hole(rewritten):
     batch = collate(rewritten([ask("what ?")], kind="frames"))
     assert batch.ids == []

@@ -125,8 +125,9 @@ class SwimSystem:
         maps = noun_maps(capture.maps(), batch)
         answers = self._answers(model, batch)
         predictions = []
-        for row, (name, number) in enumerate(zip(batch.ids, request.conversations)):
-            conversation = request.sample.record.conversations[number]
+        for row, name in enumerate(batch.ids):
+            # By its id: a conversation that could not be encoded has no row.
+            conversation = request.sample.record.conversations[int(name.rsplit("#", 1)[1])]
             predictions.append(
                 {
                     "id": name,
