@@ -5,7 +5,8 @@
 Both means are over the whole optimizer step: this module returns sums, the loop divides by counts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from swim.train.systems.swim.data import SwimBatch
 def noun_maps(maps: Mapping[int, Tensor], batch: SwimBatch) -> list[Tensor]:
     """One flat map (T * h * w,) per noun: mean over layers (Eq. 6), then over the noun's tokens."""
     rows = torch.stack(list(maps.values())).mean(0).split(batch.table.map_sizes)
-    starts = _starts([len(noun.tokens) for noun in batch.nouns])
+    starts = accumulate((len(noun.tokens) for noun in batch.nouns), initial=0)
     return [
         torch.stack(rows[start : start + len(noun.tokens)]).mean(0) if len(noun.tokens) > 1 else rows[start]
         for start, noun in zip(starts, batch.nouns)
@@ -46,10 +47,3 @@ def swim_loss(model: nn.Module, batch: SwimBatch, config: Config, *, measure: bo
     else:
         mask = text.new_zeros(())
     return {"text": Term(text, config.text_weight), "mask": Term(mask, config.mask_weight)}, capture
-
-
-def _starts(lengths: Sequence[int]) -> list[int]:
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    return starts[:-1]
