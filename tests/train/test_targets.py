@@ -18,7 +18,8 @@ from swim.data_tools.synth import read_barcode, synthesise
 from swim.data_tools.video import choose_frames, encode_video
 from swim.kernels.mask_loss import mask_loss
 from swim.train.system import Request, build_system
-from swim.train.systems.swim.data import SwimCollator, build_targets, step_coverage
+from swim.train.systems.swim.data import SwimCollator
+from swim.train.systems.swim.targets import build_targets, step_coverage
 
 SIZE = (56, 56)
 GRID = (4, 4)
