@@ -1,54 +1,139 @@
-"""Mask loss on the token grid: how far a noun's attention map is from the share of each cell that its object covers.
+"""Mask loss: how far a noun's attention map is from its object's mask, on the token grid or at mask resolution.
 
-A *unit* u is one softmax of one noun: a temporal step in frame scope, all annotated steps of the clip in clip scope.
-With map m, coverage c in [0, 1] and cells j of the unit:
+A *frame* is one map of h x w cells against one target: coverage c in [0, 1] of the same cells (grid side), or a binary
+mask of H x W pixels to whose size the map is upsampled bilinearly (pixel side; align_corners=False). A *unit* is the
+frames that are judged together: one frame, except that `kl` may span all annotated frames of a noun. With map m and
+cells or pixels j of the unit:
 
-    kl    p_j = c_j / sum(c),  m'_j = m_j / sum(m):   KL(p || m') = sum_j p_j (log p_j - log m'_j)
-    bce   mean_j  -( c_j log m_j + (1 - c_j) log(1 - m_j) )                                             (SWIM Eq. 7)
+    kl     p_j = c_j / sum(c),  m'_j = m_j / sum(m):   KL(p || m') = sum_j p_j (log p_j - log m'_j)
+    bce    mean_j  -( c_j log m_j + (1 - c_j) log(1 - m_j) )                                             (SWIM Eq. 7)
+    focal  mean_j  -( c_j a (1 - m_j)^g log m_j + (1 - c_j) (1 - a) m_j^g log(1 - m_j) )     (arXiv 1708.02002, Eq. 5)
+    dice   1 - 2 sum(m c) / (sum(m) + sum(c))
+    iou    1 - sum(m c) / (sum(m) + sum(c) - sum(m c))
 
-The result is sum_u weight_u * loss_u; with weights 1 / (units of the noun) it is the sum over nouns of their mean loss.
-`kl` renormalises the map over the unit, so steps without annotation carry no loss in any scope.
+The result is sum_u weight_u * loss_u. Every loss is a function of a few sums over a frame, so the work is one pass over
+the cells (`frame_sums`) and a little arithmetic on its sums (`mask_loss`). Maps come as logarithms: a product over
+layers is then a sum, and no map underflows. fp64 is computed in fp64, everything else in fp32.
 
-Shape suffixes: Y supervised cells, all units one behind the other; U units.
+Shape suffixes: F frames, N frames of one grid and one mask size, Y X rows and columns of cells or pixels, B bytes of a
+a mask row, U units.
 """
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-LossKind = Literal["kl", "bce"]
+LossKind = Literal["kl", "bce", "dice", "focal", "iou"]
 
 # Keeps logs finite. Far below any probability that a cell can lose its gradient at: d log m / d logit is 1 down to
 # here.
 MIN_PROBABILITY = 1e-30
+# Nearest that m comes to 1 inside log(1 - m), which fp32 knows to 6e-8; a peak scaled to 1 has its loss capped here.
+MIN_COMPLEMENT = 1e-6
+FOCAL_GAMMA, FOCAL_ALPHA = 2.0, 0.25  # the defaults of arXiv 1708.02002
+
+# Pixels upsampled at a time; about ten fp32 tensors of this size are alive in between.
+CHUNK_PIXELS = 1 << 23
 
 
-def mask_loss(
-    map_Y: Tensor, coverage_Y: Tensor, unit_lengths_U: Tensor, unit_weights_U: Tensor, *, kind: LossKind
-) -> Tensor:
-    """Weighted sum of the units' losses, fp32 scalar, differentiable in the map; every unit of `kl` needs some
-    coverage.
+def frame_sums(log_map_NYX: Tensor, target: Tensor, *, kind: LossKind, size: tuple[int, int] | None = None) -> Tensor:
+    """Sums (N, 3) that `mask_loss` needs of every frame, differentiable in the finite log maps.
 
-    Raises ValueError for an unknown kind. Sources: SWIM Eq. 7 (`bce`); `kl` is the cross-entropy of a soft target less
-    its entropy.
+    `target` is coverage (N, Y, X) of the map's own cells, or with `size` (H, W) masks as bits (N, H, B) that
+    `unpack_masks` reads; then the maps are upsampled, a few frames at a time, and again in the backward pass.
     """
-    map_Y, coverage_Y = map_Y.float(), coverage_Y.float()
+    log_map_NYX = log_map_NYX if log_map_NYX.dtype == torch.float64 else log_map_NYX.float()
+    if size is None:
+        return _sums(log_map_NYX, target.to(log_map_NYX.dtype), kind)
+
+    def of_pixels(log_map_NYX: Tensor, packed_NYB: Tensor) -> Tensor:
+        mask_NYX = unpack_masks(packed_NYB, size[1]).to(log_map_NYX.dtype)
+        return _sums(upsample_log_map(log_map_NYX, size), mask_NYX, kind)
+
+    chunk = max(1, CHUNK_PIXELS // (size[0] * size[1]))
+    sums = [
+        checkpoint(of_pixels, log_map, packed, use_reentrant=False, preserve_rng_state=False)
+        for log_map, packed in zip(log_map_NYX.split(chunk), target.split(chunk))
+    ]
+    return torch.cat(sums)
+
+
+def mask_loss(sums_F3: Tensor, unit_lengths_U: Tensor, unit_weights_U: Tensor, *, kind: LossKind) -> Tensor:
+    """Weighted sum of the units' losses, a scalar; sums of a unit's frames stand one behind the other.
+
+    Every unit of `kl`, `dice` and `iou` needs some coverage. Only `kl` may have units of several frames. Raises
+    ValueError for an unknown kind. Sources: SWIM Eq. 7 (`bce`); `kl` is the cross-entropy of a soft target less its
+    entropy.
+    """
+    first_F, second_F, third_F = sums_F3.unbind(-1)
     if kind == "kl":
-        target_Y = coverage_Y / _sums_per_cell(coverage_Y, unit_lengths_U)
-        log_map_Y = (map_Y / _sums_per_cell(map_Y, unit_lengths_U)).clamp_min(MIN_PROBABILITY).log()
-        cell_loss_Y = torch.xlogy(target_Y, target_Y) - target_Y * log_map_Y
-    elif kind == "bce":
-        # Clamped in fp32: a map value of exactly 0 or 1 would give an infinite log (and, in bf16, a dead gradient).
-        m_Y = map_Y.clamp(MIN_PROBABILITY, 1 - 1e-6)
-        cell_loss_Y = -(coverage_Y * m_Y.log() + (1 - coverage_Y) * torch.log1p(-m_Y))
-        cell_loss_Y = cell_loss_Y / unit_lengths_U.to(m_Y.dtype).repeat_interleave(unit_lengths_U)
+        # first: sum(c log c - c log m), second: log sum(m), third: sum(c); sums of m are added as logarithms.
+        top_U = torch.segment_reduce(second_F.detach(), "max", lengths=unit_lengths_U)
+        mass_U = _per_unit((second_F - top_U.repeat_interleave(unit_lengths_U)).exp(), unit_lengths_U)
+        covered_U = _per_unit(third_F, unit_lengths_U)
+        loss_U = _per_unit(first_F, unit_lengths_U) / covered_U - covered_U.log() + mass_U.log() + top_U
+    elif kind in ("bce", "focal"):
+        loss_U = first_F / second_F  # a sum over cells and their number
+    elif kind == "dice":
+        loss_U = 1 - 2 * first_F / (second_F + third_F)
+    elif kind == "iou":
+        loss_U = 1 - first_F / (second_F + third_F - first_F)
     else:
-        raise ValueError(f"mask loss is {kind!r}; use 'kl' or 'bce'")
-    return (cell_loss_Y * unit_weights_U.float().repeat_interleave(unit_lengths_U)).sum()
+        raise _unknown(kind)
+    return (loss_U * unit_weights_U.to(loss_U.dtype)).sum()
 
 
-def _sums_per_cell(values_Y: Tensor, unit_lengths_U: Tensor) -> Tensor:
+def _sums(log_map_NYX: Tensor, c_NYX: Tensor, kind: LossKind) -> Tensor:
+    if kind == "kl":
+        cross_N = (torch.xlogy(c_NYX, c_NYX) - c_NYX * log_map_NYX).sum((1, 2))
+        return torch.stack([cross_N, log_map_NYX.logsumexp((1, 2)), c_NYX.sum((1, 2))], -1)
+    m_NYX = log_map_NYX.exp()
+    if kind in ("dice", "iou"):
+        return torch.stack([(m_NYX * c_NYX).sum((1, 2)), m_NYX.sum((1, 2)), c_NYX.sum((1, 2))], -1)
+    if kind not in ("bce", "focal"):
+        raise _unknown(kind)
+    log_complement_NYX = torch.log1p(-m_NYX.clamp_max(1 - MIN_COMPLEMENT))
+    inside_NYX, outside_NYX = c_NYX, 1 - c_NYX
+    if kind == "focal":
+        inside_NYX = inside_NYX * FOCAL_ALPHA * (1 - m_NYX) ** FOCAL_GAMMA
+        outside_NYX = outside_NYX * (1 - FOCAL_ALPHA) * m_NYX**FOCAL_GAMMA
+    loss_N = -(inside_NYX * log_map_NYX + outside_NYX * log_complement_NYX).sum((1, 2))
+    cells_N = torch.full_like(loss_N, math.prod(c_NYX.shape[1:]))
+    return torch.stack([loss_N, cells_N, torch.zeros_like(loss_N)], -1)
+
+
+def _per_unit(values_F: Tensor, unit_lengths_U: Tensor) -> Tensor:
     # segment_reduce rather than index_add: no atomics, so two runs on a GPU are bit-equal.
-    sums_U = torch.segment_reduce(values_Y, "sum", lengths=unit_lengths_U)
-    return sums_U.clamp_min(MIN_PROBABILITY).repeat_interleave(unit_lengths_U)
+    return torch.segment_reduce(values_F, "sum", lengths=unit_lengths_U)
+
+
+def _unknown(kind: str) -> ValueError:
+    return ValueError(f"mask loss is {kind!r}; use 'kl', 'bce', 'dice', 'focal' or 'iou'")
+
+
+def upsample_log_map(log_map_NYX: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logarithm of the bilinearly resized map, (N, *size), as `interpolate(align_corners=False)` resizes."""
+    # Relative to each frame's peak, so that maps of any magnitude survive the way through probabilities.
+    peak_N11 = log_map_NYX.detach().amax((1, 2), keepdim=True)
+    rows = _bilinear(log_map_NYX.shape[1], size[0], log_map_NYX)
+    columns = _bilinear(log_map_NYX.shape[2], size[1], log_map_NYX)
+    # Two matrix products rather than interpolate, whose backward adds with atomics; never in autocast's bf16.
+    with torch.autocast(log_map_NYX.device.type, enabled=False):
+        m_NYX = rows @ (log_map_NYX - peak_N11).exp() @ columns.mT
+    return m_NYX.clamp_min(MIN_PROBABILITY).log() + peak_N11
+
+
+def _bilinear(num_in: int, num_out: int, like: Tensor) -> Tensor:
+    """Weights (num_out, num_in) of linear interpolation between cell centres, constant beyond the outermost."""
+    centre = (torch.arange(num_out, dtype=torch.float64, device=like.device) + 0.5) * (num_in / num_out) - 0.5
+    distance = centre.clamp(0, num_in - 1)[:, None] - torch.arange(num_in, dtype=torch.float64, device=like.device)
+    return (1 - distance.abs()).clamp_min(0).to(like.dtype)
+
+
+def unpack_masks(packed_NYB: Tensor, width: int) -> Tensor:
+    """Bool masks (N, Y, width) of bits (N, Y, B): rows start on a byte, pixel x is bit x % 8 of byte x // 8."""
+    bits = packed_NYB[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed_NYB.device)
+    return (bits & 1).flatten(-2)[..., :width].bool()

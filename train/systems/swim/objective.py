@@ -1,49 +1,109 @@
 """SWIM's objective: answer cross-entropy plus the mask loss of noun attention (arXiv 2605.18018, Eq. 5-7).
 
-    total = text_weight * sum_tokens CE / tokens + mask_weight * sum_nouns L(mean_layers A, coverage) / nouns
+    total = text_weight * sum_tokens CE / tokens + mask_weight * sum_units w L(map, target) / count
+    map   = scale_step( normalise_clip( fuse_layers( mean_tokens A ) ) )
 
-Both means are over the whole optimizer step: this module returns sums, the loop divides by counts.
+The count is that of nouns (w shares each among its units) or of units (w = 1), see `targets.build_targets`. Both means
+are over the whole optimizer step: this module returns sums, the loop divides by counts. Maps are logarithms from the
+fusion on: a product of layers never underflows, and every scaling is a difference.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from swim.kernels.mask_loss import mask_loss
+from swim.kernels.mask_loss import MIN_PROBABILITY, frame_sums, mask_loss
 from swim.train.attention import MODEL_KWARG, Capture
 from swim.train.system import Term
-from swim.train.systems.swim.config import Config
+from swim.train.systems.swim.config import Config, Fusion, MapScale
 from swim.train.systems.swim.data import SwimBatch
+from swim.train.systems.swim.targets import Targets
+
+# Cells that differ by less than this share of the step's peak count as equal (fp32 knows a share of 6e-8): such a map
+# ranks no cell above another, so min-max makes it 0, without a gradient.
+MIN_SPREAD = 1e-6
 
 
 def noun_maps(maps: Mapping[int, Tensor], batch: SwimBatch) -> list[Tensor]:
-    """One flat map (T * h * w,) per noun: mean over layers (Eq. 6), then over the noun's tokens."""
-    rows = torch.stack(list(maps.values())).mean(0).split(batch.table.map_sizes)
-    starts = accumulate((len(noun.tokens) for noun in batch.nouns), initial=0)
-    return [
-        torch.stack(rows[start : start + len(noun.tokens)]).mean(0) if len(noun.tokens) > 1 else rows[start]
-        for start, noun in zip(starts, batch.nouns)
-    ]
+    """One flat map (T * h * w,) per noun, for predictions: mean over its tokens and the layers, whatever is trained."""
+    tokens = [len(noun.tokens) for noun in batch.nouns]
+    return [log_map.exp() for log_map in fuse_layers(maps, batch.table.map_sizes, tokens, "mean")]
 
 
-def swim_loss(model: nn.Module, batch: SwimBatch, config: Config, *, measure: bool) -> tuple[dict[str, Term], Capture]:
+def fuse_layers(
+    maps: Mapping[int, Tensor], row_sizes: Sequence[int], tokens_per_noun: Sequence[int], fusion: Fusion
+) -> list[Tensor]:
+    """Logarithm (T * h * w,) of each noun's map: mean over its tokens in every layer, then the layers fused (Eq. 6).
+
+    `maps` holds per layer the rows' maps one behind the other (sum of row sizes,), a noun's rows side by side.
+    """
+    rows = torch.stack(list(maps.values())).split(list(row_sizes), dim=1)
+    starts = accumulate(tokens_per_noun, initial=0)
+    fused = []
+    for start, tokens in zip(starts, tokens_per_noun):
+        layers_SP = torch.stack(rows[start : start + tokens]).mean(0) if tokens > 1 else rows[start]
+        if fusion == "product":
+            fused.append(layers_SP.clamp_min(MIN_PROBABILITY).log().sum(0))
+            continue
+        reduced_P = {"mean": layers_SP.mean, "sum": layers_SP.sum, "max": layers_SP.amax}[fusion](0)
+        fused.append(reduced_P.clamp_min(MIN_PROBABILITY).log())
+    return fused
+
+
+def scale_steps(log_map_NYX: Tensor, scale: MapScale) -> Tensor:
+    """Logarithm of each step's map scaled to [0, 1] (`minmax`; 0 becomes MIN_PROBABILITY) or to a peak of 1 (`max`);
+    gradients flow through both ends."""
+    if scale == "none":
+        return log_map_NYX
+    log_share_NYX = log_map_NYX - log_map_NYX.amax((1, 2), keepdim=True)
+    if scale == "max":
+        return log_share_NYX
+    share_NYX = log_share_NYX.exp()
+    low_N11 = share_NYX.amin((1, 2), keepdim=True)
+    spread_N11 = 1 - low_N11
+    above_NYX = torch.where(spread_N11 > MIN_SPREAD, share_NYX - low_N11, 0.0)
+    return (above_NYX / spread_N11.clamp_min(MIN_SPREAD)).clamp_min(MIN_PROBABILITY).log()
+
+
+def mask_term(
+    maps: Mapping[int, Tensor],
+    row_sizes: Sequence[int],
+    tokens_per_noun: Sequence[int],
+    targets: Targets,
+    config: Config,
+) -> Tensor:
+    """Weighted sum of all units' losses from the flat maps of every layer; a zero without gradient when there are no
+    units."""
+    if not targets.groups:
+        return next(iter(maps.values())).new_zeros(())
+    log_maps = fuse_layers(maps, row_sizes, tokens_per_noun, config.layer_fusion)
+    if config.fused_norm == "clip":
+        log_maps = [log_map - log_map.logsumexp(0) for log_map in log_maps]
+    flat = torch.cat(log_maps)
+    sums = []
+    for group in targets.groups.values():
+        height, width = group.grid
+        cells = group.starts[:, None] + torch.arange(height * width, device=flat.device)
+        log_map_NYX = scale_steps(flat[cells].unflatten(1, (height, width)), config.map_scale)
+        sums.append(frame_sums(log_map_NYX, group.target, kind=config.loss, size=group.size))
+    return mask_loss(torch.cat(sums)[targets.order], targets.unit_lengths, targets.unit_weights, kind=config.loss)
+
+
+def swim_loss(
+    model: nn.Module, batch: SwimBatch, config: Config, layers: tuple[int, ...], *, measure: bool
+) -> tuple[dict[str, Term], Capture]:
     """Text and mask terms of one micro-batch; `measure` notes the mask loss's gradient norms in the returned
     Capture."""
     supervise = config.mask_weight > 0
-    capture = Capture(batch.table, tuple(config.layers), detach=not supervise, measure=measure and supervise)
+    capture = Capture(batch.table, layers, layout=batch.layout, detach=not supervise, measure=measure and supervise)
     output = model(**batch.inputs, use_cache=False, logits_to_keep=batch.label_columns, **{MODEL_KWARG: capture})
     logits = output.logits[batch.label_rows, batch.label_slots].float()
     text = nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
     # A batch without labels still goes through backward, where ZeRO-3's collectives are: keep it tied to the graph.
     text = text + 0.0 * output.logits.float().sum() if not len(batch.labels) else text
-    targets = batch.targets
-    assert targets is not None
-    flat = capture.maps()
-    if len(targets.cells):
-        mask_map = torch.cat(noun_maps(flat, batch))[targets.cells]
-        mask = mask_loss(mask_map, targets.coverage, targets.unit_lengths, targets.unit_weights, kind=config.loss)
-    else:
-        mask = text.new_zeros(())
+    assert batch.targets is not None
+    tokens = [len(noun.tokens) for noun in batch.nouns]
+    mask = mask_term(capture.maps(), batch.table.map_sizes, tokens, batch.targets, config)
     return {"text": Term(text, config.text_weight), "mask": Term(mask, config.mask_weight)}, capture

@@ -1,4 +1,5 @@
-"""Mask targets on the token grid: coverage of every cell, and which softmax of which noun carries a loss."""
+"""Mask targets: what every annotated step or frame of every noun should look like, and which of them are judged
+together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +11,27 @@ from torch import Tensor
 
 from swim.data_tools.records import Masks, Rle
 from swim.data_tools.rle import cell_coverage, decode_mask, encode_mask
-from swim.kernels.noun_attention import Scope
+from swim.train.systems.swim.config import Config
+
+
+@dataclass
+class FrameGroup:
+    """Frames of one token grid and one mask size (see kernels/mask_loss.py)."""
+
+    starts: Tensor  # (N,) int64, first cell of each frame's step in the nouns' maps laid one behind the other
+    target: Tensor  # (N, h, w) fp32 coverage, or (N, H, ceil(W / 8)) uint8, the bits of masks
+    grid: tuple[int, int]
+    size: tuple[int, int] | None  # (H, W) of the masks; None: coverage of the grid itself
 
 
 @dataclass
 class Targets:
-    """Supervised cells, unit by unit (see kernels/mask_loss.py); cells index the nouns' maps laid one behind the
-    other."""
+    """All supervised frames in groups, and how they form units."""
 
-    cells: Tensor  # (Y,) int64
-    coverage: Tensor  # (Y,) fp32
-    unit_lengths: Tensor  # (U,) int64
-    unit_weights: Tensor  # (U,) fp32, 1 / units of the noun
+    groups: dict[str, FrameGroup]
+    order: Tensor  # (F,) int64, frames of the groups laid one behind the other, unit by unit
+    unit_lengths: Tensor  # (U,) int64, frames of each unit
+    unit_weights: Tensor  # (U,) fp32
 
 
 def step_coverage(
@@ -31,21 +41,43 @@ def step_coverage(
 
     A frame counts as annotated when every one of the objects is; an absent object covers nothing.
     """
-    annotated = [f for f in dict.fromkeys(frames) if all(f in masks.get(name, {}) for name in object_ids)]
+    annotated = _annotated(object_ids, masks, frames)
     if not annotated:
         return None
     total = np.zeros(grid)
     for frame in annotated:
-        present = [rle for name in object_ids if (rle := masks[name][frame]) is not None]
-        if present:
-            total += cell_coverage(_union(present), grid)
+        if (rle := _union_at(object_ids, masks, frame)) is not None:
+            total += cell_coverage(rle, grid)
     return total / len(annotated)
+
+
+def step_masks(
+    object_ids: Sequence[str], masks: Masks, frames: Sequence[int], grid: tuple[int, int]
+) -> list[np.ndarray]:
+    """Bool mask [H, W] of the union of the objects in each annotated frame of the step, at the masks' own size.
+
+    Where nothing is seen and no mask gives a size, the size is that of the objects' other masks, else the token grid.
+    """
+    united = [_union_at(object_ids, masks, frame) for frame in _annotated(object_ids, masks, frames)]
+    sizes = (rle.size for name in object_ids for rle in masks.get(name, {}).values() if rle is not None)
+    size = next(sizes, grid)
+    return [np.zeros(size, dtype=bool) if rle is None else decode_mask(rle) for rle in united]
+
+
+def _annotated(object_ids: Sequence[str], masks: Masks, frames: Sequence[int]) -> list[int]:
+    # Each once: a short clip ends in repetitions of its last frame.
+    return [f for f in dict.fromkeys(frames) if all(f in masks.get(name, {}) for name in object_ids)]
+
+
+def _union_at(object_ids: Sequence[str], masks: Masks, frame: int) -> Rle | None:
+    present = [rle for name in object_ids if (rle := masks[name][frame]) is not None]
+    return _union(present) if present else None
 
 
 def _union(rles: Sequence[Rle]) -> Rle:
     if len(rles) == 1:
         return rles[0]
-    height, width = max(rle.size for rle in rles)
+    height, width = (max(sides) for sides in zip(*(rle.size for rle in rles)))
     if any(rle.size != (height, width) for rle in rles):  # merge would give an empty string
         y, x = np.mgrid[:height, :width]
         masks = [decode_mask(rle)[y * rle.size[0] // height, x * rle.size[1] // width] for rle in rles]
@@ -55,35 +87,74 @@ def _union(rles: Sequence[Rle]) -> Rle:
 
 
 def build_targets(
-    coverages: Sequence[Sequence[np.ndarray | None]], cells_per_step: Sequence[int], scope: Scope
+    coverages: Sequence[Sequence[np.ndarray | None]],
+    grids: Sequence[tuple[int, int]],
+    config: Config,
+    *,
+    masks: Sequence[Sequence[Sequence[np.ndarray]]] | None = None,
 ) -> tuple[Targets, dict[str, float]]:
-    """Loss units of all nouns, with counts: supervised nouns (`mask`), all nouns, and steps absent or not annotated.
+    """Frames and units of all nouns, from the coverage of every step and, on the pixel side, the `masks` of its frames.
 
-    Frame scope: one unit per step that shows the object; an absent step has none, a softmax cannot be zero. Clip scope:
-    one unit over all annotated steps, absent ones with target zero. A noun never seen has no unit.
+    Counts: `mask`, by which the sum of the losses is divided; nouns, those that carry a loss, and steps in which the
+    object is absent or not annotated. A noun never seen has no unit of kl, which needs a target that is a distribution.
     """
-    cells, values, lengths, weights = [], [], [], []
-    counts = {"mask": 0.0, "nouns": float(len(coverages)), "absent_steps": 0.0, "unannotated_steps": 0.0}
+    wide = config.softmax_scope != "frame"
+    # Absent: zero is a target only where the loss can go there. The softmax of a frame cannot, nor can a map whose
+    # every step is scaled to peak at 1, and dice and iou are constant, without a gradient, for an empty mask.
+    zero_is_a_target = wide and config.map_scale == "none" and config.loss in ("kl", "bce", "focal")
+    counts = dict.fromkeys(("mask", "supervised_nouns", "absent_steps", "unannotated_steps"), 0.0)
+    counts["nouns"] = float(len(coverages))
+    groups: dict[str, list[_Frame]] = {}
+    units: list[list[_Frame]] = []
+    weights: list[float] = []
     first = 0
-    for steps, size in zip(coverages, cells_per_step):
-        known = [(t, c) for t, c in enumerate(steps) if c is not None]
-        shown = [(t, c) for t, c in known if c.any()]
-        counts["unannotated_steps"] += len(steps) - len(known)
-        counts["absent_steps"] += len(known) - len(shown)
-        units = [] if not shown else [[step] for step in shown] if scope == "frame" else [known]
-        for unit in units:
-            cells += [first + t * size + np.arange(size) for t, _ in unit]
-            values += [c.reshape(-1) for _, c in unit]
-            lengths.append(size * len(unit))
-            weights.append(1 / len(units))
-        counts["mask"] += bool(units)
+    for number, (steps, grid) in enumerate(zip(coverages, grids)):
+        judged = [[] if c is None else [c] for c in steps] if masks is None else masks[number]
+        size = grid[0] * grid[1]
+        frames = [_Frame(first + t * size, c, grid) for t, of_step in enumerate(judged) for c in of_step]
         first += size * len(steps)
-    return (
-        Targets(
-            cells=torch.from_numpy(np.concatenate(cells) if cells else np.zeros(0, dtype=np.int64)),
-            coverage=torch.from_numpy(np.concatenate(values) if values else np.zeros(0)).float(),
-            unit_lengths=torch.tensor(lengths, dtype=torch.int64),
-            unit_weights=torch.tensor(weights, dtype=torch.float32),
-        ),
-        counts,
+        shown = [frame for frame in frames if frame.target.any()]
+        kept = frames if zero_is_a_target else shown
+        together = config.loss == "kl" and wide
+        of_noun = [[frame] for frame in kept] if not together else [kept] if shown else []
+        units += of_noun
+        weights += [1.0 if config.loss_mean == "unit" else 1 / len(of_noun)] * len(of_noun)
+        for unit in of_noun:
+            for frame in unit:
+                groups.setdefault(frame.group, []).append(frame)
+        counts["mask"] += len(of_noun) if config.loss_mean == "unit" else bool(of_noun)
+        counts["supervised_nouns"] += bool(of_noun)
+        counts["absent_steps"] += sum(c is not None and not c.any() for c in steps)
+        counts["unannotated_steps"] += sum(c is None for c in steps)
+    place = {id(frame): i for i, frame in enumerate(frame for group in groups.values() for frame in group)}
+    targets = Targets(
+        groups={name: _stack(frames) for name, frames in groups.items()},
+        order=torch.tensor([place[id(frame)] for unit in units for frame in unit], dtype=torch.int64),
+        unit_lengths=torch.tensor([len(unit) for unit in units], dtype=torch.int64),
+        unit_weights=torch.tensor(weights, dtype=torch.float32),
+    )
+    return targets, counts
+
+
+@dataclass(frozen=True, eq=False)
+class _Frame:
+    start: int
+    target: np.ndarray
+    grid: tuple[int, int]
+
+    @property
+    def group(self) -> str:
+        return f"{self.grid} {self.target.shape} {self.target.dtype}"
+
+
+def _stack(frames: Sequence[_Frame]) -> FrameGroup:
+    target = np.stack([frame.target for frame in frames])
+    pixels = target.dtype == bool
+    # Bits, an eighth of the bytes from the loader to the device; rows start on a byte, as the kernel reads them.
+    stacked = np.packbits(target, axis=-1, bitorder="little") if pixels else target.astype(np.float32)
+    return FrameGroup(
+        starts=torch.tensor([frame.start for frame in frames], dtype=torch.int64),
+        target=torch.from_numpy(stacked),
+        grid=frames[0].grid,
+        size=(target.shape[1], target.shape[2]) if pixels else None,
     )
