@@ -18,8 +18,10 @@ ALL_TASKS = "data.tasks=null"
 
 
 def tiny_config(data: Path, *overrides: str) -> Config:
-    """The tiny recipe over the shards in `data`, with two supervised layers and no rendering of its own."""
-    return load_config("tiny_cpu", [f"data.train=[{data}]", "data.synth=null", "system.layers=[1, 3]", *overrides])
+    """The tiny recipe over the shards in `data`: two supervised layers, a row per conversation as eager attention
+    needs, no rendering of its own."""
+    fixed = [f"data.train=[{data}]", "data.synth=null", "data.shared_prefix=false", "system.layers=[1, 3]"]
+    return load_config("tiny_cpu", [*fixed, *overrides])
 
 
 def make_data(folder: Path, clips: int = 8, seed: int = 3) -> ShardSet:
@@ -36,7 +38,7 @@ def requests(shards: ShardSet, clips: list[int], conversations: list[int] | None
 def make_batch(
     system: SwimSystem, shards: ShardSet, clips: list[int], conversations: list[int] | None = None
 ) -> SwimBatch:
-    """One padded batch."""
+    """One batch."""
     return system.collator(requests(shards, clips, conversations))
 
 

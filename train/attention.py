@@ -1,10 +1,10 @@
 """Attention capture: noun rows in, maps out, from an unmodified transformers model.
 
 `register_capture` adds an attention function beside the stock ones and points the *text* part of a model at it. The
-function calls its base backend (sdpa, flash_attention_2, ...) unchanged; where a `Capture` travels along as the model
-kwarg `capture`, it also computes the noun maps of the supervised layers with `swim.kernels`. No fork, no patch, no
-state outside the Capture. Cost per supervised layer: N x V x H dot products for N noun rows and V visual keys, one N x
-V fp32 map kept.
+function calls its base backend (sdpa, flash_attention_2, ...) unchanged, piece by piece where the batch is packed or
+shares a prefix (`layout.py`); where a `Capture` travels along as the model kwarg `capture`, it also computes the noun
+maps of the supervised layers with `swim.kernels`. No fork, no patch, no state outside the Capture. Cost per supervised
+layer: N x V x H dot products for N noun rows and V visual keys, one N x V fp32 map kept.
 """
 
 from typing import Any
@@ -15,23 +15,27 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swim.kernels.noun_attention import Backend, WorkTable, noun_attention
+from swim.train.layout import Layout, attend
 
 MODEL_KWARG = "capture"
 
 
 class Capture:
-    """Collects the maps of one forward call; make a new one for each call."""
+    """Collects the maps of one forward call, and lays its attention out; make a new one for each call."""
 
     def __init__(
         self,
         table: WorkTable,
         layers: tuple[int, ...],
         *,
+        layout: Layout | None = None,
         detach: bool = False,
         measure: bool = False,
         backend: Backend = "auto",
     ) -> None:
         self.table, self.layers, self.detach, self.measure, self.backend = table, layers, detach, measure, backend
+        self.layout = layout
+        self.layout_cache: dict[Any, Any] = {}  # masks, shared by the layers
         # layer -> (2,) squared norms of d(mask loss)/dq and /dk, filled by the backward pass
         self.gradient_squares: dict[int, Tensor] = {}
         self._maps: dict[int, Tensor] = {}
@@ -85,6 +89,16 @@ class _GradientNorm(torch.autograd.Function):
         return grad, None, None, None
 
 
+class _View:
+    """An object with some attributes replaced."""
+
+    def __init__(self, wrapped: Any, **replaced: Any) -> None:
+        self.__dict__.update(replaced, _wrapped=wrapped)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+
 def register_capture(model: PreTrainedModel) -> str:
     """Point the text layers of `model` at a capturing copy of their attention backend and return its registered
     name."""
@@ -97,6 +111,7 @@ def register_capture(model: PreTrainedModel) -> str:
         )
     # The name keeps the base's: transformers chooses mask forms and cu_seqlens by the word "flash" in it.
     name = f"swim_{base}"
+    flash = "flash" in base
 
     def capture_attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
@@ -106,7 +121,14 @@ def register_capture(model: PreTrainedModel) -> str:
         if capture is not None and layer in capture.layers:
             capture.observe(layer, query, key, kwargs.get("scaling") or query.shape[-1] ** -0.5)
         # Looked up at call time, so that a backend registered or replaced later is the one that runs.
-        return ALL_ATTENTION_FUNCTIONS[base](module, query, key, value, attention_mask, **kwargs)
+        function = ALL_ATTENTION_FUNCTIONS[base]
+        # transformers' flash function imports its kernels by the name in the module's config, where ours now stands.
+        caller: Any = _View(module, config=_View(module.config, _attn_implementation=base)) if flash else module
+        if capture is None or capture.layout is None:
+            return function(caller, query, key, value, attention_mask, **kwargs)
+        kwargs.pop("is_causal", None)
+        layout, cache = capture.layout, capture.layout_cache
+        return attend(function, caller, query, key, value, layout, flash=flash, cache=cache, **kwargs), None
 
     AttentionInterface.register(name, capture_attention)
     # Without a mask function of the same name transformers passes no mask at all and padding is attended silently.

@@ -1,6 +1,9 @@
-"""From encoded conversations to one padded batch: positions, labels, noun rows and the table of keys they look at.
+"""From encoded conversations to one batch: rows, positions, labels, noun rows and the table of keys they look at.
 
-Everything here is picklable CPU work for loader workers; the model is not needed.
+Conversations about one clip become one sequence: what stands up to the end of the clip once, then a branch for each
+(`layout.py`), every token at the position it would have alone. Sequences lie in rows of their own, right-padded, or all
+in one row, packed. Cost: a clip's visual tokens and its vision pass are paid once, however many questions. Everything
+here is picklable CPU work for loader workers; the model is not needed.
 """
 
 from collections.abc import Sequence
@@ -11,50 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swim.kernels.noun_attention import ClipKeys, Scope, WorkTable, build_work_table
-from swim.train.encode import IGNORE, Encoded, Noun, SpecialTokens
-from swim.train.preprocess import Geometry
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A decoded clip: patch rows (T*H*W, values), token grid (T, h, w), stored frames behind each temporal step."""
-
-    key: str
-    patches: Tensor
-    grid: tuple[int, int, int]
-    frames: list[list[int]]
-    seconds_per_step: float
-
-
-def mrope_positions(
-    types: np.ndarray, clips: Sequence[tuple[tuple[int, int, int], float]], tokens_per_second: float
-) -> np.ndarray:
-    """Multimodal RoPE positions (3, L) of one sequence: text counts on, a clip (grid, seconds per step) spans time,
-    row, column.
-
-    After a clip, text goes on at the clip's start plus the longer side of its grid. Source: Qwen2.5-VL (arXiv
-    2502.13923), 2.1.
-    """
-    positions = np.empty((3, len(types)), dtype=np.int64)
-    remaining, at, position = list(clips), 0, 0
-    while at < len(types):
-        if types[at] == 0:
-            end = at + int(np.argmax(types[at:] != 0)) if (types[at:] != 0).any() else len(types)
-            positions[:, at:end] = position + np.arange(end - at)
-            position += end - at
-        else:
-            (steps, height, width), seconds = remaining.pop(0)
-            end = at + steps * height * width
-            # float32 as in the model, which truncates the product: float64 would differ at exact multiples.
-            time = (
-                np.arange(steps, dtype=np.float32) * np.float32(np.float32(seconds) * np.float32(tokens_per_second))
-            ).astype(np.int64)
-            grid = np.stack(np.meshgrid(time, np.arange(height), np.arange(width), indexing="ij"))
-            positions[:, at:end] = position + grid.reshape(3, -1)
-            position += max(height, width)
-        at = end
-    return positions
+from swim.kernels.noun_attention import ClipKeys, Row, Scope, WorkTable, build_work_table
+from swim.train.encode import IGNORE, ConversationEncoder, Encoded, Noun
+from swim.train.families import Clip
+from swim.train.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -67,27 +30,34 @@ class Hole:
     reason: str
 
 
+@dataclass(frozen=True)
+class BatchOptions:
+    """How conversations become rows of tokens, and noun tokens query rows."""
+
+    pad_token: int
+    packed: bool = False  # all sequences in one row
+    shared_prefix: bool = True  # conversations about a clip share its tokens
+    scope: Scope = "frame"
+    row_offset: int = 0  # -1: the query that predicts the noun token instead of its own
+
+
 @dataclass
 class Batch:
     """One micro-batch: model inputs, answer labels, noun rows, counts for step-wide means, and who is in it."""
 
     inputs: dict[str, Tensor]
+    layout: Layout | None  # None: rows of one plain sequence each, described by the attention mask
     label_columns: Tensor  # (C,) sequence columns whose logits are needed (`logits_to_keep`)
     label_rows: Tensor  # (A,) batch row of each answer token
-    label_slots: Tensor  # (A,) its place in label_columns
+    label_slots: Tensor  # (A,) place in label_columns of the column that predicts it
     labels: Tensor  # (A,) the answer tokens
     table: WorkTable
     nouns: list[Noun]
-    clips: list[Clip | None]  # per batch row
-    ids: list[str]  # per batch row, KEY#conversation
-    prompt_lengths: list[int]  # per batch row
+    clips: list[Clip | None]  # per conversation
+    ids: list[str]  # per conversation, KEY#conversation
+    num_tokens: int  # without padding; a shared prefix counts once
     counts: dict[str, float]
     holes: list[Hole] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens without padding."""
-        return int(self.inputs["attention_mask"].sum())
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with every tensor on `device`."""
@@ -104,82 +74,181 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     return value
 
 
-def pad_batch(
-    rows: Sequence[tuple[str, Encoded, Clip | None]],
+@dataclass(frozen=True)
+class _Place:
+    """Where the tokens of a conversation lie: its sequence's row and first column, and its branch."""
+
+    row: int
+    start: int
+    prefix: int  # tokens shared with the other branches; all of them for a plain sequence
+    branch: int  # first column of the branch
+
+    def column(self, token: int) -> int:
+        return self.start + token if token < self.prefix else self.branch + token - self.prefix
+
+    def ranges(self, end: int) -> tuple[tuple[int, int], ...]:
+        """Columns of tokens [0, end)."""
+        shared = (self.start, self.start + min(end, self.prefix))
+        return (shared, (self.branch, self.branch + end - self.prefix)) if end > self.prefix else (shared,)
+
+
+def make_batch(
+    conversations: Sequence[tuple[str, Encoded, Clip | None]],
+    encoder: ConversationEncoder,
+    options: BatchOptions,
     *,
-    special: SpecialTokens,
-    geometry: Geometry,
-    scope: Scope,
-    pad_token: int,
     holes: Sequence[Hole] = (),
 ) -> Batch:
-    """Right-pad encoded conversations (id, tokens, clip) into one batch; without any clip, a one-token dummy clip is
-    appended.
+    """One batch of encoded conversations (id, tokens, clip); without any clip, a dummy clip is appended.
 
-    The dummy stands behind the last token of row 0, where causal attention hides it from every label; it makes the
-    vision tower run on every rank in every micro-batch, as ZeRO-3's collectives need. With no rows at all the batch is
-    such a dummy alone.
+    The dummy stands behind the last token of the first conversation, where causal attention hides it from every label;
+    it makes the vision tower run on every rank in every micro-batch, as ZeRO-3's collectives need. With no
+    conversations at all the batch is such a dummy alone.
     """
-    encoded = [e for _, e, _ in rows] or [
-        Encoded(np.array([pad_token]), np.array([0]), np.array([IGNORE]), nouns=[], answer_start=1)
-    ]
-    clips: list[Clip | None] = [clip for _, _, clip in rows] or [None]
-    seen = [clip for clip in clips if clip is not None]
-    if not seen:
-        encoded[0] = _with_dummy_clip(encoded[0], special)
-        zeros = torch.zeros(geometry.merge_size**2, geometry.patch_values)
-        seen = [Clip(key="", patches=zeros, grid=(1, 1, 1), frames=[], seconds_per_step=1.0)]
-    spans = iter([(clip.grid, clip.seconds_per_step) for clip in seen])
+    nothing = Encoded(np.array([options.pad_token]), np.array([0]), np.array([IGNORE]), [], answer_start=1, prefix=0)
+    encoded = [e for _, e, _ in conversations] or [nothing]
+    clips: list[Clip | None] = [clip for _, _, clip in conversations] or [None]
+    groups = _groups(encoded, clips, options.shared_prefix)
+    shown = [clips[group[0]] for group in groups]
+    if not any(shown):
+        shown[0] = encoder.family.dummy()
+        encoded[0] = _with_dummy(encoded[0], shown[0], encoder)
 
-    shape = (len(encoded), max(len(e.ids) for e in encoded))
-    ids, types, mask = np.full(shape, pad_token), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    labels, positions = np.full(shape, IGNORE), np.zeros((3, *shape), dtype=np.int64)
-    keys: list[ClipKeys] = []
-    noun_rows: list[tuple[int, int]] = []
-    nouns: list[Noun] = []
-    for row, e in enumerate(encoded):
-        length = len(e.ids)
-        ids[row, :length], types[row, :length], mask[row, :length], labels[row, :length] = e.ids, e.types, 1, e.labels
-        of_row = [next(spans)] if e.types.any() else []
-        positions[:, row, :length] = mrope_positions(e.types, of_row, geometry.tokens_per_second)
-        if (clip := clips[row]) is not None:
-            nouns += [replace(noun, row=row) for noun in e.nouns]
-            noun_rows += [(len(keys), token) for noun in e.nouns for token in noun.tokens]
-            keys.append(ClipKeys(row, int(np.argmax(e.types == 2)), clip.grid))
+    rows, places = _lay_out(encoded, groups, packed=options.packed)
+    layout = Layout(tuple(tuple(_pieces(encoded, groups[g]) for g in row) for row in rows), 0)
+    layout = replace(layout, length=max(sum(map(sum, row)) for row in layout.rows))
+    shape = (len(rows), layout.length)
+    ids, types = np.full(shape, options.pad_token), np.zeros(shape, dtype=np.int64)
+    positions: np.ndarray | None = None
+    for number, (e, place) in enumerate(zip(encoded, places)):
+        own = encoder.family.positions(e.types, next(s for s, g in zip(shown, groups) if number in g))
+        positions = np.zeros((len(own), *shape), dtype=np.int64) if positions is None else positions
+        for start, end in ((0, place.prefix), (place.prefix, len(e.ids))):
+            columns = slice(place.column(start), place.column(start) + end - start)
+            ids[place.row, columns], types[place.row, columns] = e.ids[start:end], e.types[start:end]
+            positions[:, place.row, columns] = own[:, start:end]
 
-    # Logits are taken only where a label is predicted: with a vocabulary of 152 000 they are a step's largest tensor.
-    label_rows, label_positions = np.nonzero(labels != IGNORE)
-    columns, slots = np.unique(label_positions - 1, return_inverse=True)
-    merge = geometry.merge_size
+    assert positions is not None
+    token_types = torch.from_numpy(types)
+    inputs = {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions if len(positions) > 1 else positions[0]),
+        **encoder.family.inputs([clip for row in rows for g in row if (clip := shown[g]) is not None], token_types),
+    }
+    if layout.is_padded:
+        lengths = torch.tensor([sum(map(sum, row)) for row in layout.rows])
+        inputs["attention_mask"] = (torch.arange(layout.length) < lengths[:, None]).long()
+    table, nouns = _noun_rows(encoded, clips, groups, places, options)
+    labels = _labels(encoded, places)
     return Batch(
-        inputs={
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask),
-            "position_ids": torch.from_numpy(positions),
-            "mm_token_type_ids": torch.from_numpy(types).int(),
-            "pixel_values_videos": torch.cat([clip.patches for clip in seen]),
-            "video_grid_thw": torch.tensor([(t, h * merge, w * merge) for t, h, w in (clip.grid for clip in seen)]),
-        },
-        label_columns=torch.from_numpy(columns) if len(columns) else torch.zeros(1, dtype=torch.int64),
-        label_rows=torch.from_numpy(label_rows),
-        label_slots=torch.from_numpy(slots.reshape(-1)),
-        labels=torch.from_numpy(labels[label_rows, label_positions]),
-        table=build_work_table(noun_rows, keys, scope),
+        inputs=inputs,
+        layout=None if layout.is_padded else layout,
+        **labels,
+        table=table,
         nouns=nouns,
         # Without the pixels, which are among the inputs: a batch crosses from the loader's process to the trainer's.
-        clips=[clip and replace(clip, patches=clip.patches[:0]) for clip in clips],
-        ids=[name for name, _, _ in rows],
-        prompt_lengths=[e.answer_start for e in encoded],
-        counts={"text": float(len(label_rows))},
+        clips=[clip and replace(clip, pixels=clip.pixels[:0]) for clip in clips],
+        ids=[name for name, _, _ in conversations],
+        num_tokens=layout.num_tokens,
+        counts={"text": float(len(labels["labels"]))},
         holes=list(holes),
     )
 
 
-def _with_dummy_clip(encoded: Encoded, special: SpecialTokens) -> Encoded:
-    tail = np.array([special.vision_start, special.video, special.vision_end])
+def _groups(encoded: Sequence[Encoded], clips: Sequence[Clip | None], shared: bool) -> list[list[int]]:
+    """Conversations by sequence: neighbours about the same clip that are equal up to its end, and say nothing there."""
+    groups: list[list[int]] = []
+    last = None
+    for number, (e, clip) in enumerate(zip(encoded, clips)):
+        # A label in the prefix would count once instead of once per conversation.
+        silent = (e.labels[: e.prefix] == IGNORE).all()
+        key = (id(clip), e.ids[: e.prefix].tobytes()) if shared and clip is not None and silent else None
+        if key is not None and key == last:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+        last = key
+    return groups
+
+
+def _pieces(encoded: Sequence[Encoded], group: Sequence[int]) -> tuple[int, ...]:
+    if len(group) == 1:
+        return (len(encoded[group[0]].ids),)
+    prefix = encoded[group[0]].prefix
+    return (prefix, *(len(encoded[number].ids) - prefix for number in group))
+
+
+def _lay_out(
+    encoded: Sequence[Encoded], groups: Sequence[Sequence[int]], *, packed: bool
+) -> tuple[list[list[int]], list[_Place]]:
+    """Groups of every row, and the place of every conversation."""
+    rows = [list(range(len(groups)))] if packed else [[g] for g in range(len(groups))]
+    places: list[_Place] = []
+    for row, of_row in enumerate(rows):
+        start = 0
+        for g in of_row:
+            prefix, *branches = _pieces(encoded, groups[g])
+            branch = start + prefix
+            for length in branches or [0]:
+                places.append(_Place(row, start, prefix, branch))
+                branch += length
+            start = branch
+    return rows, places
+
+
+def _noun_rows(
+    encoded: Sequence[Encoded],
+    clips: Sequence[Clip | None],
+    groups: Sequence[Sequence[int]],
+    places: Sequence[_Place],
+    options: BatchOptions,
+) -> tuple[WorkTable, list[Noun]]:
+    """Work table and nouns; a clip's key columns are the first T x h x w placeholders of its sequence."""
+    keys: list[ClipKeys] = []
+    rows: list[Row] = []
+    nouns: list[Noun] = []
+    for group in groups:
+        clip, place = clips[group[0]], places[group[0]]
+        if clip is None:
+            continue
+        visual = np.nonzero(encoded[group[0]].types)[0][: clip.num_cells]
+        columns = [place.column(int(token)) for token in visual]
+        contiguous = columns[-1] - columns[0] + 1 == len(columns)
+        for number in group:
+            e = encoded[number]
+            for noun in e.nouns:
+                nouns.append(replace(noun, conversation=number))
+                for token in (token + options.row_offset for token in noun.tokens):
+                    end = len(e.ids) if options.scope == "full" else token + 1
+                    rows.append(Row(len(keys), places[number].column(token), places[number].ranges(end)))
+        keys.append(ClipKeys(place.row, columns[0], clip.grid, None if contiguous else columns))
+    return build_work_table(rows, keys, options.scope), nouns
+
+
+def _labels(encoded: Sequence[Encoded], places: Sequence[_Place]) -> dict[str, Tensor]:
+    """Answer tokens with the row and column that predict them."""
+    # Logits are taken only where a label is predicted: with a vocabulary of 152 000 they are a step's largest tensor.
+    found = [
+        (place.row, place.column(int(token) - 1), e.labels[token])
+        for e, place in zip(encoded, places)
+        for token in np.nonzero(e.labels != IGNORE)[0]
+    ]
+    rows, predicting, labels = np.array(found, dtype=np.int64).reshape(-1, 3).T
+    columns, slots = np.unique(predicting, return_inverse=True)
+    return {
+        "label_columns": torch.from_numpy(columns) if len(columns) else torch.zeros(1, dtype=torch.int64),
+        "label_rows": torch.from_numpy(rows.copy()),
+        "label_slots": torch.from_numpy(slots.reshape(-1)),
+        "labels": torch.from_numpy(labels.copy()),
+    }
+
+
+def _with_dummy(encoded: Encoded, clip: Clip | None, encoder: ConversationEncoder) -> Encoded:
+    assert clip is not None
+    ids, types = encoder.clip_tokens(clip)
     return replace(
         encoded,
-        ids=np.concatenate([encoded.ids, tail]),
-        types=np.concatenate([encoded.types, np.array([0, 2, 0])]),
-        labels=np.concatenate([encoded.labels, np.full(3, IGNORE)]),
+        ids=np.concatenate([encoded.ids, ids]),
+        types=np.concatenate([encoded.types, types]),
+        labels=np.concatenate([encoded.labels, np.full(len(ids), IGNORE)]),
     )

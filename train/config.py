@@ -115,6 +115,10 @@ class DataConfig(Section):
     """Clips in a micro-batch, with all their chosen conversations."""
     packs_per_step: int = Field(1, gt=0)
     """Micro-batches of an optimizer step over all ranks."""
+    shared_prefix: bool = True
+    """Conversations about a clip share its tokens: one copy of the clip, a branch for each conversation."""
+    packed: bool = False
+    """Lay all sequences of a micro-batch into one row instead of padding each."""
     num_frames: int = Field(32, gt=0)
     """Frames sampled per clip."""
     frame_sampling: Literal["annotated", "uniform"] = "annotated"

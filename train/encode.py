@@ -7,13 +7,14 @@ prompt would steal the label.
 """
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from swim.data_tools.records import Conversation, RecordError
+from swim.train.families import Clip, Family
 
 IGNORE = -100
 _MARK = "\ue000{}\ue001"
@@ -22,10 +23,10 @@ _MARKS = re.compile("\ue000(\\d+)\ue001")
 
 @dataclass(frozen=True)
 class Noun:
-    """A mention whose head owns rows of the batch: its place in the conversation, its objects and its tokens in the
-    sequence."""
+    """A mention whose head owns rows of the batch: its place among the conversations, its objects and its tokens in its
+    conversation's sequence."""
 
-    row: int  # batch row
+    conversation: int  # number in the batch
     turn: int
     start: int
     end: int
@@ -36,55 +37,45 @@ class Noun:
 
 @dataclass(frozen=True)
 class Encoded:
-    """One conversation as tokens: ids, types (0 text, 2 video) and labels (IGNORE outside answers), all (L,) int64."""
+    """One conversation as tokens: ids, types (0 text, 2 visual) and labels (IGNORE outside answers), all (L,) int64."""
 
     ids: np.ndarray
     types: np.ndarray
     labels: np.ndarray
     nouns: list[Noun]
     answer_start: int  # first token of the last answer: what comes before is the prompt
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids that frame a clip in the sequence, from the model's config."""
-
-    video: int
-    vision_start: int
-    vision_end: int
-
-    @classmethod
-    def of(cls, config: Any) -> "SpecialTokens":
-        """Read them from a Qwen2.5-VL style model config."""
-        return cls(config.video_token_id, config.vision_start_token_id, config.vision_end_token_id)
+    prefix: int  # tokens up to the end of the clip, which conversations about it may share; 0 without a clip
 
 
 class ConversationEncoder:
     """Turns a conversation into tokens with labels and noun rows; holds tokenizer and rendered template shapes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, special: SpecialTokens) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, family: Family) -> None:
         if not tokenizer.is_fast:
             raise ValueError("the tokenizer has no offset mapping (it is not a fast one); load it with use_fast=True")
-        self.tokenizer, self.special = tokenizer, special
-        self.video_text = str(tokenizer.convert_ids_to_tokens(special.video))
+        self.tokenizer, self.family = tokenizer, family
         self._control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._shapes: dict[tuple[Any, ...], str] = {}
 
-    def __call__(self, conversation: Conversation, *, name: str, num_video_tokens: int, row: int = 0) -> Encoded:
-        """Encode a conversation about a clip of `num_video_tokens` tokens (0: text only); RecordError names `name`."""
+    def __call__(self, conversation: Conversation, *, name: str, clip: Clip | None) -> Encoded:
+        """Encode a conversation about `clip` (None: text only); RecordError names `name`."""
         for number, turn in enumerate(conversation.turns):
             self._refuse_control_tokens(turn.text, f"{name}: turns[{number}].text")
-        text, starts = self._render(conversation, with_video=num_video_tokens > 0)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.array(encoding["input_ids"], dtype=np.int64)
-        offsets = np.array(encoding["offset_mapping"], dtype=np.int64)
-        # Composing normalisation (NFC) leaves the accent of a decomposed character to no token; the one before gets it.
-        offsets[:-1, 1] = np.maximum(offsets[:-1, 1], offsets[1:, 0])
+        text, starts, clip_end = self._render(conversation, clip)
+        ids, offsets = self._tokenize(text)
+        # The first token behind the clip and the control tokens that close it.
+        prefix = int(np.searchsorted(offsets[:, 0], clip_end)) if clip else 0
+        while clip and prefix < len(ids) and self._is_control(ids[prefix]):
+            prefix += 1
 
         def tokens_of(start: int, end: int) -> np.ndarray:
             lo, hi = np.maximum(offsets[:, 0], start), np.minimum(offsets[:, 1], end)
             return np.array([i for i in np.nonzero(lo < hi)[0] if text[lo[i] : hi[i]].strip()], dtype=np.int64)
 
+        widths = np.ones_like(ids)
+        if clip:
+            widths[ids == self.family.token_id] = self.family.runs(clip)
+        moved = np.cumsum(widths) - widths  # place of every token once the runs are as long as they will be
         labels = np.full_like(ids, IGNORE)
         nouns: list[Noun] = []
         answer_start = len(ids)
@@ -102,31 +93,63 @@ class ConversationEncoder:
                     head = turn.text[slice(*mention.head)]
                     if not len(tokens):
                         raise RecordError(f"{name}: turns[{number}]: the tokenizer gives no token to the noun {head!r}")
-                    nouns.append(
-                        Noun(
-                            row,
-                            number,
-                            mention.start,
-                            mention.end,
-                            head,
-                            tuple(mention.object_ids),
-                            tuple(map(int, tokens)),
-                        )
-                    )
-        return self._insert_video(Encoded(ids, np.zeros_like(ids), labels, nouns, answer_start), num_video_tokens)
+                    # A noun before the clip sees none of it: causal attention forbids what a loss on it would train.
+                    if tokens[0] >= prefix:
+                        objects = tuple(mention.object_ids)
+                        places = tuple(moved[tokens].tolist())
+                        nouns.append(Noun(0, number, mention.start, mention.end, head, objects, places))
+        end = int(widths.sum())
+        return Encoded(
+            ids=ids.repeat(widths),
+            types=self._types(ids, clip).repeat(widths),
+            labels=labels.repeat(widths),
+            nouns=nouns,
+            answer_start=int(moved[answer_start]) if answer_start < len(ids) else end,
+            prefix=int(moved[prefix]) if prefix < len(ids) else end,
+        )
 
-    def _render(self, conversation: Conversation, *, with_video: bool) -> tuple[str, list[int]]:
-        shape = (with_video, *(turn.role for turn in conversation.turns))
+    def clip_tokens(self, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and types of the clip's text alone, framed as the chat template frames it."""
+        shape = (True, "user")
+        text = self._shapes.setdefault(shape, self._render_shape(shape))
+        at = text.index(self.family.template)
+        ids, _ = self._tokenize(text[:at] + self.family.text(clip) + text[at + len(self.family.template) :])
+        first, last = np.nonzero(ids == self.family.token_id)[0][[0, -1]]
+        # With the control tokens that touch it, such as those for the start and end of vision.
+        first -= first > 0 and self._is_control(ids[first - 1])
+        last += last + 1 < len(ids) and self._is_control(ids[last + 1])
+        ids = ids[first : last + 1]
+        widths = np.ones_like(ids)
+        widths[ids == self.family.token_id] = self.family.runs(clip)
+        return ids.repeat(widths), self._types(ids, clip).repeat(widths)
+
+    def _types(self, ids: np.ndarray, clip: Clip | None) -> np.ndarray:
+        return np.where(ids == self.family.token_id, 2, 0) if clip else np.zeros_like(ids)
+
+    def _tokenize(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = np.array(encoding["offset_mapping"], dtype=np.int64)
+        # Composing normalisation (NFC) leaves the accent of a decomposed character to no token; the one before gets it.
+        offsets[:-1, 1] = np.maximum(offsets[:-1, 1], offsets[1:, 0])
+        return np.array(encoding["input_ids"], dtype=np.int64), offsets
+
+    def _render(self, conversation: Conversation, clip: Clip | None) -> tuple[str, list[int], int]:
+        """Rendered text, the start of every turn's text in it, and the end of the clip's text."""
+        shape = (clip is not None, *(turn.role for turn in conversation.turns))
         if shape not in self._shapes:
             self._shapes[shape] = self._render_shape(shape)
-        text = ""
+        text, clip_end = "", 0
         starts: list[int] = []
         for piece in _MARKS.split(self._shapes[shape])[::2]:
+            if clip is not None and (at := piece.find(self.family.template)) >= 0:
+                video = self.family.text(clip)
+                clip_end = len(text) + at + len(video)
+                piece = piece[:at] + video + piece[at + len(self.family.template) :]
             text += piece
             if len(starts) < len(conversation.turns):
                 starts.append(len(text))
                 text += conversation.turns[len(starts) - 1].text
-        return text, starts
+        return text, starts, clip_end
 
     def _render_shape(self, shape: tuple[Any, ...]) -> str:
         with_video, *roles = shape
@@ -144,36 +167,12 @@ class ConversationEncoder:
             raise ValueError(
                 f"the chat template drops, repeats or reorders turns of roles {roles}; give a template that keeps them"
             )
-        if rendered.count(self.video_text) != int(with_video):
+        if (found := rendered.count(self.family.template)) != int(with_video):
             raise ValueError(
-                f"the chat template writes {rendered.count(self.video_text)} {self.video_text} for {int(with_video)} "
-                "video; give a template with one placeholder per video"
+                f"the chat template writes {found} {self.family.template} for {int(with_video)} video; give a template "
+                "with one placeholder per video"
             )
         return rendered
-
-    def _insert_video(self, encoded: Encoded, count: int) -> Encoded:
-        if count == 0:
-            return encoded
-        (at,) = np.nonzero(encoded.ids == self.special.video)[0]  # unique: texts hold no control tokens
-
-        def widen(values: np.ndarray, value: int) -> np.ndarray:
-            return np.concatenate([values[:at], np.full(count, value, dtype=np.int64), values[at + 1 :]])
-
-        def moved(token: int) -> int:
-            return token + count - 1 if token > at else token
-
-        return Encoded(
-            ids=widen(encoded.ids, self.special.video),
-            types=widen(encoded.types, 2),
-            labels=widen(encoded.labels, IGNORE),
-            # A noun before the clip sees none of it: causal attention forbids what a loss on it would train.
-            nouns=[
-                replace(noun, tokens=tuple(map(moved, noun.tokens)))
-                for noun in encoded.nouns
-                if noun.tokens and min(noun.tokens) > at
-            ],
-            answer_start=moved(encoded.answer_start),
-        )
 
     def _is_control(self, token: np.int64) -> bool:
         return int(token) in self.tokenizer.added_tokens_decoder

@@ -26,19 +26,17 @@ class Geometry(BaseModel):
     patch_size: int
     merge_size: int
     temporal_patch_size: int
-    tokens_per_second: float
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     @classmethod
     def of(cls, config: Any) -> "Geometry":
-        """Read the geometry of a Qwen2.5-VL style model config."""
+        """Read the geometry of a Qwen-VL model config."""
         vision = config.vision_config
         return cls(
             patch_size=vision.patch_size,
             merge_size=vision.spatial_merge_size,
             temporal_patch_size=vision.temporal_patch_size,
-            tokens_per_second=vision.tokens_per_second,
         )
 
     @property

@@ -6,13 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from swim.kernels.noun_attention import ClipKeys, WorkTable, build_work_table, noun_attention
+from swim.kernels.noun_attention import ClipKeys, Row, WorkTable, build_work_table, noun_attention
 
 SCALE = 0.3
 LENGTH = 60
 # Two clips in batch row 1 (one of a single key), one in row 0, and one in row 2 that no row looks at.
 CLIPS = [ClipKeys(1, 5, (3, 2, 4)), ClipKeys(1, 40, (1, 1, 1)), ClipKeys(2, 2, (2, 2, 2)), ClipKeys(0, 7, (4, 3, 2))]
-ROWS = [(0, 58), (0, 30), (0, 30), (1, 59), (3, 50), (3, 35), (3, 3)]
+ROWS = [Row(*row) for row in [(0, 58), (0, 30), (0, 30), (1, 59), (3, 50), (3, 35), (3, 3)]]
+# Softmax ranges for the wider scopes: one or two, with visual keys inside, outside and between them.
+RANGES = [
+    ((3, 59),),
+    ((0, 20), (28, 31)),
+    ((5, 29), (30, 31)),
+    ((40, 60),),
+    ((0, 51),),
+    ((8, 9), (12, 36)),
+    ((0, 30), (40, 60)),
+]
+WIDE = [row._replace(ranges=ranges) for row, ranges in zip(ROWS, RANGES)]
 
 
 def scattered(clip: ClipKeys) -> ClipKeys:
@@ -35,7 +46,7 @@ def naive(q: Tensor, k: Tensor, rows: Sequence[tuple[int, int]], clips: Sequence
     q, k = q.double(), k.double()
     group = q.shape[1] // k.shape[1]
     maps = []
-    for number, position in rows:
+    for number, position, ranges in rows:
         clip = clips[number]
         steps, height, width = clip.grid
         size = height * width
@@ -43,7 +54,9 @@ def naive(q: Tensor, k: Tensor, rows: Sequence[tuple[int, int]], clips: Sequence
         segments = (
             [list(places)[t * size : (t + 1) * size] for t in range(steps)] if scope == "frame" else [list(places)]
         )
-        pieces = []
+        if scope in ("causal", "full"):
+            segments = [[j for lo, hi in ranges for j in range(lo, hi)]]
+        weight = {j: torch.zeros((), dtype=torch.float64) for j in places}  # 0 where the softmax does not reach
         for segment in segments:
             total = 0
             for head in range(q.shape[1]):
@@ -51,46 +64,50 @@ def naive(q: Tensor, k: Tensor, rows: Sequence[tuple[int, int]], clips: Sequence
                     SCALE * (q[clip.batch, head, position] * k[clip.batch, head // group, j]).sum() for j in segment
                 ]
                 total = total + torch.stack(scores).softmax(0)
-            pieces.append(total / q.shape[1])
-        maps.append(torch.cat(pieces))
+            weight |= {j: value / q.shape[1] for j, value in zip(segment, total)}
+        maps.append(torch.stack([weight[j] for j in places]))
     return maps
 
 
 @pytest.mark.parametrize("keys", ["contiguous", "scattered", "mixed"])
-@pytest.mark.parametrize("scope", ["frame", "clip"])
-@pytest.mark.parametrize("groups", [1, 2, 7])
-def test_maps_and_gradients_equal_the_formula(groups, scope, keys):
+@pytest.mark.parametrize("scope", ["frame", "clip", "causal", "full"])
+@pytest.mark.parametrize(
+    ("groups", "dtype"), [(1, torch.float32), (2, torch.float32), (7, torch.float32), (2, torch.float64)]
+)
+def test_maps_and_gradients_equal_the_formula(groups, dtype, scope, keys):
     moved = {"contiguous": [], "scattered": [0, 1, 2, 3], "mixed": [0]}[keys]
     clips = [scattered(clip) if i in moved else clip for i, clip in enumerate(CLIPS)]
-    table = build_work_table(ROWS, clips, scope)
-    q, k = (x.requires_grad_() for x in inputs(groups))
-    want = naive(q, k, ROWS, clips, scope)
+    table = build_work_table(WIDE, clips, scope)
+    q, k = (x.requires_grad_() for x in inputs(groups, dtype))
+    want = naive(q, k, WIDE, clips, scope)
     got = noun_attention(q, k, table, scale=SCALE)
-    assert got.dtype == torch.float32
+    assert got.dtype == dtype
+    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-12, "rtol": 1e-12}
     assert table.map_sizes == [len(row) for row in want]
     want = torch.cat(want)
-    torch.testing.assert_close(got, want.float(), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(got, want.to(dtype), **tolerance)
     # Weights that differ from cell to cell: the gradient of a softmax's plain sum is zero.
     weights = torch.randn(len(got), generator=torch.Generator().manual_seed(1))
     want_grads = torch.autograd.grad((want * weights).sum(), (q, k))
     got_grads = torch.autograd.grad((got * weights).sum(), (q, k))
     for got_grad, want_grad in zip(got_grads, want_grads):
         assert want_grad.abs().max() > 1e-2
-        torch.testing.assert_close(got_grad, want_grad.float(), atol=1e-5, rtol=1e-5)
+        tolerance["atol"] = max(tolerance["atol"], 1e-5) if dtype == torch.float32 else 1e-12
+        torch.testing.assert_close(got_grad, want_grad.to(dtype), **tolerance)
 
 
 @pytest.mark.parametrize("scope", ["frame", "clip"])
 def test_every_segment_is_a_distribution(scope):
     flat = noun_attention(*inputs(2), build_work_table(ROWS, CLIPS, scope), scale=SCALE)
     maps = flat.split(build_work_table(ROWS, CLIPS, scope).map_sizes)
-    for (number, _), row in zip(ROWS, maps):
+    for (number, *_), row in zip(ROWS, maps):
         sums = row.view(CLIPS[number].grid[0] if scope == "frame" else 1, -1).sum(1)
         torch.testing.assert_close(sums, torch.ones_like(sums))
 
 
 def test_a_single_key_gets_everything_and_passes_no_gradient():
     q, k = (x.requires_grad_() for x in inputs(2))
-    flat = noun_attention(q, k, build_work_table([(0, 59)], [CLIPS[1]]), scale=SCALE)
+    flat = noun_attention(q, k, build_work_table([Row(0, 59)], [CLIPS[1]]), scale=SCALE)
     assert flat.tolist() == [1.0]
     (grad,) = torch.autograd.grad(flat.sum(), q)
     assert grad.abs().max() == 0
@@ -157,15 +174,17 @@ def test_errors_name_what_is_wrong():
     with pytest.raises(
         ValueError, match=r"rows must be sorted by clip and name one of 4 clips, got clips \[1, 0\]; sort"
     ):
-        build_work_table([(1, 3), (0, 3)], CLIPS)
+        build_work_table([Row(1, 3), Row(0, 3)], CLIPS)
     with pytest.raises(ValueError, match=r"name one of 4 clips, got clips \[0, 4\]"):
-        build_work_table([(0, 3), (4, 3)], CLIPS)
+        build_work_table([Row(0, 3), Row(4, 3)], CLIPS)
     with pytest.raises(ValueError, match=r"got clips \[-1\]"):
-        build_work_table([(-1, 3)], CLIPS)
+        build_work_table([Row(-1, 3)], CLIPS)
     with pytest.raises(ValueError, match=r"clip 1 has a 3x2x4 grid but 3 key positions; give 24"):
         build_work_table([], [CLIPS[1], CLIPS[0]._replace(positions=[1, 2, 3])])
-    with pytest.raises(ValueError, match=r"softmax scope is 'full'; use 'frame' or 'clip'"):
-        build_work_table(ROWS, CLIPS, "full")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"softmax scope is 'video'; use one of frame, clip, causal, full"):
+        build_work_table(ROWS, CLIPS, "video")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"scope 'full' needs one or two key ranges for every row, got Row\(clip=0"):
+        build_work_table(ROWS, CLIPS, "full")
     with pytest.raises(ValueError, match=r"backend is 'cuda'; use 'auto' or 'torch'"):
         noun_attention(q, k, table, scale=SCALE, backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"3 query heads are not a multiple of 2 kv heads"):

@@ -37,10 +37,10 @@ def eager_maps(model: nn.Module, batch: SwimBatch, segments_of_clip) -> dict[int
     for layer in LAYERS:
         rows = []
         for noun in batch.nouns:
-            clip = batch.clips[noun.row]
-            visual = torch.nonzero(batch.inputs["mm_token_type_ids"][noun.row] == 2).flatten()
+            clip = batch.clips[noun.conversation]
+            visual = torch.nonzero(batch.inputs["mm_token_type_ids"][noun.conversation] == 2).flatten()
             for token in noun.tokens:
-                weights = output.attentions[layer][noun.row, :, token, visual]
+                weights = output.attentions[layer][noun.conversation, :, token, visual]
                 weights = weights.reshape(len(weights), segments_of_clip(clip), -1)
                 rows.append((weights / weights.sum(-1, keepdim=True)).mean(0).flatten())
         maps[layer] = torch.cat(rows)
@@ -100,7 +100,7 @@ def oracle_mask_loss(flat: torch.Tensor, batch: SwimBatch, kind: str) -> torch.T
     """Mean over nouns of the mean over their steps that show the object, in a plain loop."""
     losses, start = [], 0
     for noun, coverages in zip(batch.nouns, batch.coverages):
-        steps, height, width = batch.clips[noun.row].grid
+        steps, height, width = batch.clips[noun.conversation].grid
         noun_map = flat[start : start + steps * height * width].view(steps, height, width)
         start += steps * height * width
         of_steps = []
@@ -166,15 +166,16 @@ def test_left_padding_is_masked_under_the_registered_name(shards):
     alone = [system.predict(model, Request(request.sample, (i,)))[0] for i in request.conversations]
     assert [line["answer"] for line in together] == [line["answer"] for line in alone]
     assert len({line["answer"] for line in alone}) > 1, "answers must be able to differ"
-    ids = system.collator([request])
-    lengths = ids.prompt_lengths
-    assert len(set(lengths)) > 1, "prompts must differ in length"
-    row = min(range(len(lengths)), key=lengths.__getitem__)
-    prompt = ids.inputs["input_ids"][row : row + 1, : lengths[row]]
-    pad = torch.full((1, 7), system.collator.pad_token)
-    positions = ids.inputs["position_ids"][:, row : row + 1, : lengths[row]]
-    visual = {"pixel_values_videos": ids.clips and system.collator.load_clip(request.sample).patches}
-    visual |= {"video_grid_thw": ids.inputs["video_grid_thw"][row : row + 1]}
+    conversations, _ = system.collator.encode(request)
+    assert len({e.answer_start for _, e, _ in conversations}) > 1, "prompts must differ in length"
+    _, shortest, clip = min(conversations, key=lambda item: item[1].answer_start)
+    types = torch.from_numpy(shortest.types[: shortest.answer_start])[None]
+    prompt = torch.from_numpy(shortest.ids[: shortest.answer_start])[None]
+    positions = system.collator.encoder.family.positions(types[0].numpy(), clip)
+    positions = torch.from_numpy(positions)[:, None]
+    visual = system.collator.encoder.family.inputs([clip], types)
+    del visual["mm_token_type_ids"]  # positions are given
+    pad = torch.full((1, 7), system.collator.options.pad_token)
     plain = model(input_ids=prompt, position_ids=positions, attention_mask=torch.ones_like(prompt), **visual).logits
     padded = model(
         input_ids=torch.cat([pad, prompt], 1),

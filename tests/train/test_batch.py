@@ -17,22 +17,30 @@ from hypothesis import strategies as st
 from qwen_vocabulary import CONTROL_TOKENS, oracle, write_tokenizer
 from tiny import make_batch, make_data, tiny_config
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLConfig
 
 from swim.data_tools.records import Conversation, Mention, RecordError, Turn
-from swim.train.batch import Clip, mrope_positions, pad_batch
+from swim.train.batch import BatchOptions
+from swim.train.batch import make_batch as assemble
 from swim.train.config import TokenizerConfig
-from swim.train.encode import IGNORE, ConversationEncoder, Encoded, SpecialTokens
-from swim.train.preprocess import Geometry
+from swim.train.encode import IGNORE, ConversationEncoder, Encoded
+from swim.train.families import Clip, Qwen25VL
 from swim.train.system import Progress, build_system
-from swim.train.tokenizer import train_tokenizer
-
-GEOMETRY = Geometry(patch_size=7, merge_size=2, temporal_patch_size=2, tokens_per_second=2)
+from swim.train.tokenizer import control_token_fields, train_tokenizer
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerFast) -> SpecialTokens:
-    names = ["<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
-    return SpecialTokens(*tokenizer.convert_tokens_to_ids(names))
+def family_of(tokenizer: PreTrainedTokenizerFast) -> Qwen25VL:
+    vision = {"patch_size": 7, "spatial_merge_size": 2, "temporal_patch_size": 2, "tokens_per_second": 2}
+    return Qwen25VL(Qwen2_5_VLConfig(vision_config=vision, **control_token_fields(tokenizer)), tokenizer)
+
+
+def clip_of(grid: tuple[int, int, int], seconds: float = 1.0) -> Clip:
+    steps, height, width = grid
+    pixels = torch.randn(4 * steps * height * width, 3 * 2 * 7 * 7)
+    return Clip("clip", pixels, grid, [[2 * t, 2 * t + 1] for t in range(steps)], seconds, fps=2 / seconds)
+
+
+SIX = clip_of((1, 2, 3))
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +58,12 @@ def demo() -> PreTrainedTokenizerFast:
 @pytest.fixture(params=["demo", "qwen"])
 def encoder(request: pytest.FixtureRequest) -> ConversationEncoder:
     tokenizer = request.getfixturevalue(request.param)
-    return ConversationEncoder(tokenizer, special_tokens(tokenizer))
+    return ConversationEncoder(tokenizer, family_of(tokenizer))
 
 
 @pytest.fixture
 def qwen_encoder(qwen: PreTrainedTokenizerFast) -> ConversationEncoder:
-    return ConversationEncoder(qwen, special_tokens(qwen))
+    return ConversationEncoder(qwen, family_of(qwen))
 
 
 def say(role: Any, marked: str) -> Turn:
@@ -121,9 +129,10 @@ def byte_spans(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[tuple
     return spans
 
 
-def check(encoder: ConversationEncoder, conversation: Conversation, num_video_tokens: int = 6) -> Encoded:
+def check(encoder: ConversationEncoder, conversation: Conversation, clip: Clip | None = SIX) -> Encoded:
     """The encoding of a conversation in normal form (NFC), with ids, labels and rows compared to the byte oracle."""
-    tokenizer, with_video = encoder.tokenizer, num_video_tokens > 0
+    tokenizer, with_video = encoder.tokenizer, clip is not None
+    num_video_tokens = clip.num_cells if clip else 0
     texts, roles = [t.text for t in conversation.turns], [t.role for t in conversation.turns]
     rendered = stock_text(tokenizer, texts, roles, with_video)
     starts = text_starts(tokenizer, texts, roles, with_video)
@@ -148,14 +157,14 @@ def check(encoder: ConversationEncoder, conversation: Conversation, num_video_to
             )
     types = [0] * len(ids)
     if with_video:
-        at = ids.index(encoder.special.video)
+        at = ids.index(encoder.family.token_id)
         shift = num_video_tokens - 1
-        ids[at : at + 1] = [encoder.special.video] * num_video_tokens
+        ids[at : at + 1] = [encoder.family.token_id] * num_video_tokens
         labels[at : at + 1] = [IGNORE] * num_video_tokens
         types[at : at + 1] = [2] * num_video_tokens
         rows = [[token + shift if token > at else token for token in row] for row in rows]
 
-    encoded = encoder(conversation, name="clip#0", num_video_tokens=num_video_tokens)
+    encoded = encoder(conversation, name="clip#0", clip=clip)
     assert encoded.ids.tolist() == ids
     assert encoded.types.tolist() == types
     assert encoded.labels.tolist() == labels
@@ -236,7 +245,7 @@ def test_every_place_a_noun_can_stand_in(encoder):
     check(encoder, ask("follow {the big red [circle] on the left} with {a [star] in it}"))
     check(encoder, ask("line one\n[circle]\n\n[star]\ttab  [cross]   end\n"))
     check(encoder, ask("the [two word head] and { [ spaces around ] }"))
-    check(encoder, ask("the [circle] ?"), num_video_tokens=0)
+    check(encoder, ask("the [circle] ?"), clip=None)
 
 
 def test_cjk_nouns(qwen_encoder):
@@ -256,14 +265,14 @@ def test_a_noun_in_decomposed_form_keeps_its_accents(qwen_encoder):
     """macOS writes é as e + U+0301; the tokenizer composes them, and its offsets leave the accent to no token."""
     composed, decomposed = (unicodedata.normalize(form, "un [café] noir , [한국] , [ẹ́]") for form in ("NFC", "NFD"))
     want = check(qwen_encoder, ask(composed))
-    got = qwen_encoder(ask(decomposed), name="clip#0", num_video_tokens=6)
+    got = qwen_encoder(ask(decomposed), name="clip#0", clip=SIX)
     assert got.ids.tolist() == want.ids.tolist()
     assert [noun.tokens for noun in got.nouns] == [noun.tokens for noun in want.nouns]
     # An accent alone is a head, too: its token is the one that it was composed into.
     text = unicodedata.normalize("NFD", "café noir")
     accent = Mention(start=4, end=5, head=(4, 5), object_ids=["a"])
     alone = talk(Turn(role="user", text=text, mentions=[accent]), say("assistant", "oui"))
-    encoded = qwen_encoder(alone, name="clip#0", num_video_tokens=6)
+    encoded = qwen_encoder(alone, name="clip#0", clip=SIX)
     assert words(qwen_encoder, encoded) == [["fÃ©"]]
 
 
@@ -271,7 +280,7 @@ def test_mentions_that_are_no_nouns_or_have_no_object_own_no_rows(encoder):
     head = {"start": 4, "end": 10, "head": (4, 10)}
     mentions = [Mention(**head, object_ids=[]), Mention(**head, kind="action", object_ids=["a"])]
     turns = [Turn(role="user", text="the circle ?", mentions=mentions), say("assistant", "yes")]
-    assert encoder(talk(*turns), name="clip#0", num_video_tokens=6).nouns == []
+    assert encoder(talk(*turns), name="clip#0", clip=SIX).nouns == []
 
 
 # Text without control characters (also those of the marks); everything else, unassigned code points included, may come.
@@ -289,7 +298,7 @@ def test_rows_cover_exactly_the_heads_characters(encoder, words, glue, span):
     assume(text[start:end].strip())
     mention = Mention(start=start, end=end, head=(start, end), object_ids=["a"])
     turns = [Turn(role="user", text=text, mentions=[mention]), say("assistant", "yes")]
-    encoded = encoder(talk(*turns), name="clip#0", num_video_tokens=0)
+    encoded = encoder(talk(*turns), name="clip#0", clip=None)
     (noun,) = encoded.nouns
 
     rendered = stock_text(encoder.tokenizer, [text, "yes"], ["user", "assistant"], False)
@@ -357,9 +366,9 @@ def test_a_control_token_inside_a_text_is_refused_by_name(encoder):
         with pytest.raises(
             RecordError, match=rf"clip_7#2: turns\[1\]\.text: contains .*{re.escape(control)}.* 4; remove"
         ):
-            encoder(ask("?", f"yes {control}"), name="clip_7#2", num_video_tokens=6)
+            encoder(ask("?", f"yes {control}"), name="clip_7#2", clip=SIX)
     with pytest.raises(RecordError, match=r"turns\[0\]\.text: contains the private-use character U\+E000 at 2"):
-        encoder(ask("a \ue000 b"), name="clip_7#2", num_video_tokens=6)
+        encoder(ask("a \ue000 b"), name="clip_7#2", clip=SIX)
 
 
 @pytest.mark.parametrize(
@@ -374,18 +383,18 @@ def test_a_control_token_inside_a_text_is_refused_by_name(encoder):
 def test_a_template_that_loses_turns_is_refused(template):
     tokenizer = train_tokenizer(TokenizerConfig())
     tokenizer.chat_template = template
-    encoder = ConversationEncoder(tokenizer, special_tokens(tokenizer))
+    encoder = ConversationEncoder(tokenizer, family_of(tokenizer))
     turns = [say("system", "s"), say("user", "u"), say("assistant", "a")]
     with pytest.raises(ValueError, match=r"drops, repeats or reorders turns of roles \['system', 'user', 'assist"):
-        encoder(talk(*turns), name="clip#0", num_video_tokens=0)
+        encoder(talk(*turns), name="clip#0", clip=None)
 
 
 def test_a_template_without_a_place_for_the_video_is_refused():
     tokenizer = train_tokenizer(TokenizerConfig())
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{{ m.content[-1].text }}{% endfor %}"
-    encoder = ConversationEncoder(tokenizer, special_tokens(tokenizer))
+    encoder = ConversationEncoder(tokenizer, family_of(tokenizer))
     with pytest.raises(ValueError, match=r"writes 0 <\|video_pad\|> for 1 video"):
-        encoder(ask("u"), name="clip#0", num_video_tokens=6)
+        encoder(ask("u"), name="clip#0", clip=SIX)
 
 
 def test_a_tokenizer_without_offsets_is_refused():
@@ -393,7 +402,7 @@ def test_a_tokenizer_without_offsets_is_refused():
         is_fast = False
 
     with pytest.raises(ValueError, match="no offset mapping"):
-        ConversationEncoder(Slow(), SpecialTokens(1, 2, 3))  # type: ignore[arg-type]
+        ConversationEncoder(Slow(), None)  # type: ignore[arg-type]
 
 
 # ---- positions
@@ -414,21 +423,12 @@ def model(system):
     return system.build_model().eval()
 
 
-def clip_of(grid: tuple[int, int, int], seconds: float) -> Clip:
-    steps, height, width = grid
-    values = torch.randn(steps * height * width * GEOMETRY.merge_size**2, GEOMETRY.patch_values)
-    return Clip("clip", values, grid, [[2 * t, 2 * t + 1] for t in range(steps)], seconds)
-
-
 def padded(encoder: ConversationEncoder, *rows: tuple[Conversation, Clip | None]):
     encoded = [
-        (f"clip#{i}", encoder(conversation, name="clip", num_video_tokens=int(np.prod(clip.grid)) if clip else 0), clip)
+        (f"clip#{i}", encoder(conversation, name="clip", clip=clip), clip)
         for i, (conversation, clip) in enumerate(rows)
     ]
-    tokenizer = encoder.tokenizer
-    return pad_batch(
-        encoded, special=encoder.special, geometry=GEOMETRY, scope="frame", pad_token=tokenizer.pad_token_id
-    )
+    return assemble(encoded, encoder, BatchOptions(pad_token=encoder.tokenizer.pad_token_id))
 
 
 def test_positions_equal_the_models_own(system, model):
@@ -463,7 +463,7 @@ def test_positions_equal_the_models_own(system, model):
     after=st.integers(0, 3),
 )
 @example(grid=(6, 1, 1), seconds=1.9, before=0, after=0)
-def test_positions_equal_the_models_own_for_any_rate(model, grid, seconds, before, after):
+def test_positions_equal_the_models_own_for_any_rate(system, model, grid, seconds, before, after):
     size = int(np.prod(grid))
     types = np.array([0] * before + [2] * size + [0] * after)
     merged = torch.tensor([[grid[0], 2 * grid[1], 2 * grid[2]]])
@@ -473,7 +473,8 @@ def test_positions_equal_the_models_own_for_any_rate(model, grid, seconds, befor
         video_grid_thw=merged,
         second_per_grid_ts=torch.tensor([seconds]),
     )
-    got = mrope_positions(types, [(grid, seconds)], model.config.vision_config.tokens_per_second)
+    clip = Clip("clip", torch.empty(0), grid, [[0]] * grid[0], seconds, fps=1.0)
+    got = system.collator.encoder.family.positions(types, clip)
     assert got.tolist() == want[:, 0].tolist()
 
 
@@ -483,13 +484,13 @@ def test_positions_equal_the_models_own_for_any_rate(model, grid, seconds, befor
 def test_the_dummy_clip_changes_no_loss_of_a_text_only_batch(system, model):
     conversations = [ask("which way does the circle move ?", "left"), ask("describe it .", "the red circle moves up .")]
     batch = padded(system.collator.encoder, *((c, None) for c in conversations))
-    assert batch.inputs["pixel_values_videos"].shape == (4, GEOMETRY.patch_values)
-    assert (batch.inputs["input_ids"] == system.collator.encoder.special.video).sum() == 1
+    assert batch.inputs["pixel_values_videos"].shape == (4, 3 * 2 * 7 * 7)
+    assert (batch.inputs["input_ids"] == system.collator.encoder.family.token_id).sum() == 1
     got = model(**batch.inputs, use_cache=False, logits_to_keep=batch.label_columns).logits
     got = torch.nn.functional.cross_entropy(got[batch.label_rows, batch.label_slots], batch.labels, reduction="none")
     plain = []
     for conversation in conversations:  # one by one: no padding, no vision, positions made by the model
-        encoded = system.collator.encoder(conversation, name="clip#0", num_video_tokens=0)
+        encoded = system.collator.encoder(conversation, name="clip#0", clip=None)
         logits = model(input_ids=torch.tensor(encoded.ids)[None], use_cache=False).logits[0, :-1]
         labels = torch.tensor(encoded.labels)[1:]
         plain.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none")[labels != IGNORE])
@@ -499,8 +500,8 @@ def test_the_dummy_clip_changes_no_loss_of_a_text_only_batch(system, model):
 def test_a_batch_mixes_text_only_rows_and_clips(system, model):
     text, video = ask("which way does the [circle] move ?", "left"), ask("is there a [star] ?")
     batch = padded(system.collator.encoder, (text, None), (video, clip_of((2, 2, 3), 0.5)))
-    assert [noun.row for noun in batch.nouns] == [1], "without a clip there is nothing to look at"
-    is_video = batch.inputs["input_ids"] == system.collator.encoder.special.video
+    assert [noun.conversation for noun in batch.nouns] == [1], "without a clip there is nothing to look at"
+    is_video = batch.inputs["input_ids"] == system.collator.encoder.family.token_id
     assert is_video.sum(1).tolist() == [0, 12], "a real clip needs no dummy"
     ((row, first_key, num_keys),) = batch.table.clip_keys
     assert [row] * num_keys == is_video.nonzero()[:, 0].tolist()
@@ -510,7 +511,7 @@ def test_a_batch_mixes_text_only_rows_and_clips(system, model):
     alone = padded(system.collator.encoder, (text, None))
     with torch.no_grad():
         logits = [model(**b.inputs, use_cache=False).logits[0] for b in (batch, alone)]
-    length = len(system.collator.encoder(text, name="clip", num_video_tokens=0).ids)
+    length = len(system.collator.encoder(text, name="clip", clip=None).ids)
     torch.testing.assert_close(logits[0][:length], logits[1][:length], atol=1e-5, rtol=1e-5)
 
 
@@ -583,7 +584,7 @@ def test_moving_a_batch_moves_every_tensor(system, shards):
     batch = make_batch(system, shards, [0, 1])
     assert type(batch.to("cpu")) is type(batch)
     moved = _Parts({}).visit("batch", batch.to(torch.device("meta"))).found
-    assert {"batch.targets.cells", "batch.table.row_position", "batch.inputs.input_ids", "batch.labels"} <= moved.keys()
+    assert {"batch.targets.unit_weights", "batch.table.row_position", "batch.inputs.input_ids", "batch.labels"} <= moved.keys()
     assert {name for name, tensor in moved.items() if tensor.device.type != "meta"} == set()
     stayed = _Parts({}).visit("batch", batch).found
     assert {tensor.device.type for tensor in stayed.values()} == {"cpu"}, "the original stays where it was"

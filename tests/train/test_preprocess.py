@@ -59,9 +59,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_patches_equal_the_stock_processors_bit_for_bit(stock, name):
     _, _, _, geometry, min_pixels, max_pixels = CASES[name]
     want = np.load(stock / f"{name}.stock.npz")
-    patches, grid = patchify(
-        frames_of(name), Geometry(**geometry, tokens_per_second=2), min_pixels=min_pixels, max_pixels=max_pixels
-    )
+    patches, grid = patchify(frames_of(name), Geometry(**geometry), min_pixels=min_pixels, max_pixels=max_pixels)
     assert [list(grid)] == want["grid"].tolist()
     assert patches.dtype == torch.float32
     assert torch.equal(patches, torch.from_numpy(want["pixels"]))
@@ -84,7 +82,7 @@ def test_sizes_equal_the_stock_rule(height, width, cell, cells):
 
 
 def test_an_odd_last_frame_is_repeated():
-    geometry, pixels = Geometry(**TINY, tokens_per_second=2), 56**2
+    geometry, pixels = Geometry(**TINY), 56**2
     frames = np.random.default_rng(0).integers(0, 256, (3, 56, 56, 3), dtype=np.uint8)
     odd, grid = patchify(frames, geometry, min_pixels=pixels, max_pixels=pixels)
     even, _ = patchify(frames[[0, 1, 2, 2]], geometry, min_pixels=pixels, max_pixels=pixels)
@@ -94,7 +92,7 @@ def test_an_odd_last_frame_is_repeated():
 
 def test_a_patch_row_holds_the_pixels_of_its_place():
     """Rows run over merge x merge blocks; values over channel, frame, row, column. No resize, so pixels stay exact."""
-    geometry = Geometry(**TINY, tokens_per_second=2, image_mean=(0, 0, 0), image_std=(1, 1, 1))
+    geometry = Geometry(**TINY, image_mean=(0, 0, 0), image_std=(1, 1, 1))
     frames = np.random.default_rng(1).integers(0, 256, (4, 28, 42, 3), dtype=np.uint8)
     patches, (steps, rows, columns) = patchify(frames, geometry, min_pixels=28 * 42, max_pixels=28 * 42)
     assert (steps, rows, columns) == (2, 4, 6)

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from swim.train.attention import MODEL_KWARG, Capture, enable_checkpointing, register_capture
-from swim.train.batch import Batch
+from swim.train.batch import Batch, BatchOptions
 from swim.train.config import Config, ConfigError
-from swim.train.encode import ConversationEncoder, SpecialTokens
-from swim.train.preprocess import Geometry
+from swim.train.encode import ConversationEncoder
+from swim.train.families import family_of
 from swim.train.system import Progress, Request, Term
 from swim.train.systems.swim.config import Config as SwimConfig
-from swim.train.systems.swim.data import SwimBatch, SwimCollator
+from swim.train.systems.swim.config import resolve_layers
+from swim.train.systems.swim.data import Conversations, SwimBatch, SwimCollator
 from swim.train.systems.swim.objective import noun_maps, swim_loss
 from swim.train.tokenizer import control_token_fields, load_tokenizer, train_tokenizer
 
@@ -39,11 +40,17 @@ class SwimSystem:
             assert model.config is not None
             self.tokenizer = train_tokenizer(model.tokenizer)
             self.model_config = _inline_config(model.config, self.tokenizer)
-        self._check_layers()
-        encoder = ConversationEncoder(self.tokenizer, SpecialTokens.of(self.model_config))
+        self.layers = resolve_layers(self.options.layers, self.model_config.get_text_config().num_hidden_layers)
+        encoder = ConversationEncoder(self.tokenizer, family_of(self.model_config, self.tokenizer))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        geometry = Geometry.of(self.model_config)
-        self.collator = SwimCollator(encoder, geometry, config.data, self.options.softmax_scope, pad)
+        options = BatchOptions(
+            pad_token=pad,
+            packed=config.data.packed,
+            shared_prefix=config.data.shared_prefix,
+            scope=self.options.softmax_scope,
+            row_offset=self.options.row_offset,
+        )
+        self.collator = SwimCollator(encoder, config.data, options, self.options)
         self._captures: list[Capture] = []
 
     def build_model(self) -> nn.Module:
@@ -89,7 +96,7 @@ class SwimSystem:
         """Text and mask terms of one micro-batch."""
         assert isinstance(batch, SwimBatch)
         every = self.options.gradient_every
-        terms, capture = swim_loss(model, batch, self.options, measure=every > 0 and progress.step % every == 0)
+        terms, capture = swim_loss(model, batch, self.options, self.layers, measure=every > 0 and progress.step % every == 0)
         if capture.measure:
             self._captures.append(capture)
         return terms
@@ -110,24 +117,26 @@ class SwimSystem:
         """Share of the nouns that carry a mask loss, and the gradient norms of the weighted mask loss."""
         # The engine's factor undone: the gradient of the logged loss, whatever the number of ranks.
         norms = {k: math.sqrt(v) / num_ranks for k, v in totals.items() if k.startswith("mask_grad/")}
-        return {"supervised_share": totals["mask"] / max(totals["nouns"], 1.0), **norms}
+        return {"supervised_share": totals["supervised_nouns"] / max(totals["nouns"], 1.0), **norms}
 
     @torch.no_grad()
     def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:
         """Free answer and teacher-forced noun maps per conversation, in the form `swim.evaluation` reads."""
-        batch = self.collator([request])
-        failed = [{"id": hole.id, "clip": request.sample.key, "error": hole.reason} for hole in batch.holes]
-        if not batch.ids:
+        conversations, holes = self.collator.encode(request)
+        failed = [{"id": hole.id, "clip": request.sample.key, "error": hole.reason} for hole in holes]
+        if not conversations:
             return failed
-        batch = batch.to(next(model.parameters()).device)
-        capture = Capture(batch.table, tuple(self.options.layers), detach=True)
+        device = next(model.parameters()).device
+        batch = self.collator.assemble(conversations, [request.sample.masks] * len(conversations)).to(device)
+        capture = Capture(batch.table, self.layers, layout=batch.layout, detach=True)
         model(**batch.inputs, use_cache=False, logits_to_keep=1, **{MODEL_KWARG: capture})
         maps = noun_maps(capture.maps(), batch)
-        answers = self._answers(model, batch)
+        answers = self._answers(model, conversations)
         predictions = []
-        for row, name in enumerate(batch.ids):
+        for number, name in enumerate(batch.ids):
             # By its id: a conversation that could not be encoded has no row.
             conversation = request.sample.record.conversations[int(name.rsplit("#", 1)[1])]
+            own = [i for i, noun in enumerate(batch.nouns) if noun.conversation == number]
             predictions.append(
                 {
                     "id": name,
@@ -135,15 +144,15 @@ class SwimSystem:
                     "task": conversation.task,
                     "prompt": next((turn.text for turn in reversed(conversation.turns) if turn.role == "user"), ""),
                     "target": conversation.turns[-1].text,
-                    "answer": answers[row],
-                    "nouns": [self._noun(batch, i, maps[i]) for i, noun in enumerate(batch.nouns) if noun.row == row],
+                    "answer": answers[number],
+                    "nouns": [self._noun(batch, i, maps[i]) for i in own],
                 }
             )
         return failed + predictions
 
     def _noun(self, batch: SwimBatch, number: int, flat: Tensor) -> dict[str, Any]:
         noun = batch.nouns[number]
-        clip = batch.clips[noun.row]
+        clip = batch.clips[noun.conversation]
         assert clip is not None
         return {
             "text": noun.text,
@@ -157,38 +166,30 @@ class SwimSystem:
             "coverage": [None if c is None else np.round(c, 6).tolist() for c in batch.coverages[number]],
         }
 
-    def _answers(self, model: Any, batch: Batch) -> list[str]:
+    def _answers(self, model: Any, conversations: Conversations) -> list[str]:
         """Greedy answers by the stock `generate`; prompts are the training prompts, left-padded."""
-        rows, longest = len(batch.ids), max(batch.prompt_lengths)
-        ids = torch.full((rows, longest), self.collator.pad_token, device=batch.inputs["input_ids"].device)
+        device = next(model.parameters()).device
+        longest = max(e.answer_start for _, e, _ in conversations)
+        ids = torch.full((len(conversations), longest), self.collator.options.pad_token)
         types, mask = torch.zeros_like(ids), torch.zeros_like(ids)
-        for row, length in enumerate(batch.prompt_lengths):
-            for padded, source in ((ids, "input_ids"), (types, "mm_token_type_ids"), (mask, "attention_mask")):
-                padded[row, longest - length :] = batch.inputs[source][row, :length]
-        clips = [clip for clip in batch.clips if clip is not None]
-        visual = {
-            "pixel_values_videos": batch.inputs["pixel_values_videos"],
-            "video_grid_thw": batch.inputs["video_grid_thw"],
-            "second_per_grid_ts": torch.tensor([clip.seconds_per_step for clip in clips]),
-            "mm_token_type_ids": types,
-        }
+        for row, (_, e, _) in enumerate(conversations):
+            own = slice(longest - e.answer_start, None)
+            ids[row, own] = torch.from_numpy(e.ids[: e.answer_start])
+            types[row, own] = torch.from_numpy(e.types[: e.answer_start])
+            mask[row, own] = 1
+        clips = [clip for _, _, clip in conversations if clip is not None]
+        visual = self.collator.encoder.family.inputs(clips, types) if clips else {}
+        inputs = {"input_ids": ids, "attention_mask": mask, **visual}
         tokens = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            **(visual if clips else {}),
+            **{name: tensor.to(device) for name, tensor in inputs.items()},
             generation_config=GenerationConfig(
                 max_new_tokens=MAX_ANSWER_TOKENS,
                 do_sample=False,
-                pad_token_id=self.collator.pad_token,
+                pad_token_id=self.collator.options.pad_token,
                 eos_token_id=self.tokenizer.eos_token_id,
             ),
         )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)]
-
-    def _check_layers(self) -> None:
-        num_layers = self.model_config.get_text_config().num_hidden_layers
-        if outside := [layer for layer in self.options.layers if not 0 <= layer < num_layers]:
-            raise ConfigError(f"system.layers: {outside} are not layers of this model; it has 0 to {num_layers - 1}")
 
 
 def _inline_config(fields: dict[str, Any], tokenizer: Any) -> Any:
