@@ -16,10 +16,12 @@ from swim.data_tools.rle import encode_mask
 from swim.data_tools.shards import ShardSet, ShardWriter, index_shard
 from swim.data_tools.synth import read_barcode, synthesise
 from swim.data_tools.video import choose_frames, encode_video
-from swim.kernels.mask_loss import mask_loss
+from swim.kernels.mask_loss import unpack_masks
 from swim.train.system import Request, build_system
+from swim.train.systems.swim.config import Config
 from swim.train.systems.swim.data import SwimCollator
-from swim.train.systems.swim.targets import build_targets, step_coverage
+from swim.train.systems.swim.objective import mask_term
+from swim.train.systems.swim.targets import Targets, build_targets, step_coverage, step_masks
 
 SIZE = (56, 56)
 GRID = (4, 4)
@@ -95,40 +97,157 @@ def test_masks_of_different_sizes_are_united_too():
         np.testing.assert_allclose(step_coverage(names, masks, [0], GRID), cells(slice(0, 4), slice(0, 2)))
 
 
+def test_the_union_is_as_large_as_the_largest_mask_in_both_directions():
+    """Wide beside tall: neither is scaled down."""
+    wide, tall = np.zeros((28, 112), bool), np.zeros((112, 28), bool)
+    wide[:, :10] = tall[:30] = True
+    want = np.zeros((112, 112), bool)
+    want[:, :10] = want[:30] = True
+    masks: Masks = {"a": {0: Rle(**encode_mask(wide))}, "b": {0: Rle(**encode_mask(tall))}}
+    for names in (["a", "b"], ["b", "a"]):
+        (mask,) = step_masks(names, masks, [0], GRID)
+        np.testing.assert_array_equal(mask, want)
+
+
+def test_masks_of_a_step_are_those_of_its_annotated_frames_at_their_own_size():
+    masks: Masks = {"a": {0: box(*LEFT), 1: box(*RIGHT, (112, 112)), 2: None, 3: None}, "b": {0: box(*RIGHT), 1: None}}
+    pair = step_masks(["a"], masks, [0, 1, 1], GRID)
+    assert [mask.shape for mask in pair] == [(56, 56), (112, 112)], "a repeated frame counts once"
+    np.testing.assert_array_equal(pair[0], np.kron(cells(*LEFT), np.ones((14, 14))) > 0)
+    np.testing.assert_array_equal(pair[1], np.kron(cells(*RIGHT), np.ones((28, 28))) > 0)
+    assert step_masks(["a"], masks, [5, 6], GRID) == []
+    (both,) = step_masks(["a", "b"], masks, [0, 2], GRID)  # of b, frame 2 is not annotated
+    np.testing.assert_array_equal(both, np.kron(cells(*LEFT) + cells(*RIGHT), np.ones((14, 14))) > 0)
+    (absent,) = step_masks(["a"], masks, [2], GRID)
+    assert (absent.shape, absent.any()) == ((56, 56), False), "as large as the object's other masks"
+    (never,) = step_masks(["c"], {"c": {0: None}}, [0], GRID)
+    assert (never.shape, never.any()) == (GRID, False)
+
+
 # ---- coverage to loss units
+
+
+def units_of(targets: Targets) -> list[list[tuple[int, np.ndarray]]]:
+    """First cell and target of every frame, unit by unit."""
+    frames = []
+    for group in targets.groups.values():
+        target = group.target if group.size is None else unpack_masks(group.target, group.size[1])
+        frames += list(zip(group.starts.tolist(), target.numpy()))
+    ordered = iter([frames[i] for i in targets.order])
+    return [[next(ordered) for _ in range(length)] for length in targets.unit_lengths]
+
+
+def expect(targets: Targets, want: list[list[tuple[int, np.ndarray]]]) -> None:
+    got = units_of(targets)
+    assert [[start for start, _ in unit] for unit in got] == [[start for start, _ in unit] for unit in want]
+    for unit, wanted in zip(got, want):
+        for (_, target), (_, right) in zip(unit, wanted):
+            np.testing.assert_allclose(target, right)
+
+
+def options(**fields: str) -> Config:
+    return Config(layers=[0], **fields)
 
 
 STEPS = [cells(*LEFT), None, np.zeros(GRID), cells(*MIDDLE) / 2]  # shown, not annotated, absent, shown
 
 
-def test_frame_scope_has_a_unit_per_step_that_shows_the_object():
-    targets, counts = build_targets([[None] * 4, STEPS], [16, 16], "frame")
-    assert counts == {"mask": 1, "nouns": 2, "absent_steps": 1, "unannotated_steps": 5}
-    assert targets.cells.tolist() == [*range(64, 80), *range(64 + 48, 64 + 64)]
-    assert targets.unit_lengths.tolist() == [16, 16]
+WIDE = ["clip", "causal", "full"]
+NO_COUNTS = {"mask": 0, "supervised_nouns": 0, "nouns": 0, "absent_steps": 0, "unannotated_steps": 0}
+
+
+@pytest.mark.parametrize("kind", ["kl", "bce", "dice", "focal", "iou"])
+def test_frame_scope_has_a_unit_per_step_that_shows_the_object(kind):
+    targets, counts = build_targets([[None] * 4, STEPS], [GRID, GRID], options(loss=kind))
+    assert counts == {"mask": 1, "supervised_nouns": 1, "nouns": 2, "absent_steps": 1, "unannotated_steps": 5}
+    expect(targets, [[(64, STEPS[0])], [(64 + 48, STEPS[3])]])
     assert targets.unit_weights.tolist() == [0.5, 0.5]
-    want = np.concatenate([STEPS[0].ravel(), STEPS[3].ravel()])
-    np.testing.assert_allclose(targets.coverage.numpy(), want)
 
 
-def test_clip_scope_has_one_unit_in_which_absent_steps_are_zero():
-    targets, counts = build_targets([STEPS, STEPS], [16, 16], "clip")
-    assert counts == {"mask": 2, "nouns": 2, "absent_steps": 2, "unannotated_steps": 2}
-    annotated = [*range(16), *range(32, 64)]
-    assert targets.cells.tolist() == [*annotated, *(64 + cell for cell in annotated)]
-    assert targets.unit_lengths.tolist() == [48, 48]
+@pytest.mark.parametrize("scope", WIDE)
+def test_kl_in_wide_scopes_has_one_unit_in_which_absent_steps_are_zero(scope):
+    targets, counts = build_targets([STEPS, STEPS], [GRID, GRID], options(softmax_scope=scope))
+    assert counts == {"mask": 2, "supervised_nouns": 2, "nouns": 2, "absent_steps": 2, "unannotated_steps": 2}
+    steps = [(t * 16, STEPS[t]) for t in (0, 2, 3)]
+    expect(targets, [steps, [(64 + start, step) for start, step in steps]])
     assert targets.unit_weights.tolist() == [1, 1]
-    assert not targets.coverage[16:32].any(), "the absent step pulls attention away"
-    assert targets.coverage[:16].any()
+
+
+@pytest.mark.parametrize("scope", WIDE)
+@pytest.mark.parametrize(
+    ("fields", "zero"),
+    [
+        ({"loss": "bce"}, True),
+        ({"loss": "focal"}, True),
+        ({"loss": "dice"}, False),
+        ({"loss": "iou"}, False),
+        ({"loss": "bce", "map_scale": "minmax"}, False),
+        ({"loss": "bce", "map_scale": "max"}, False),
+        ({"loss": "focal", "map_scale": "max"}, False),
+        ({"loss": "bce", "fused_norm": "clip"}, True),
+    ],
+)
+def test_absent_steps_are_targets_where_the_loss_can_be_lowered(scope, fields, zero):
+    never = [None, np.zeros(GRID)]
+    targets, counts = build_targets([STEPS, never], [GRID, GRID], options(softmax_scope=scope, **fields))
+    steps = [0, 2, 3] if zero else [0, 3]
+    expect(targets, [[(t * 16, STEPS[t])] for t in steps] + [[(64 + 16, never[1])]] * zero)
+    assert targets.unit_weights.tolist() == pytest.approx([1 / len(steps)] * len(steps) + [1] * zero)
+    assert counts["mask"] == counts["supervised_nouns"] == 1 + zero
+    assert (counts["absent_steps"], counts["unannotated_steps"]) == (2, 2), "counted wherever they carry no loss"
+
+
+def test_kl_of_scaled_maps_leaves_absent_steps_out():
+    targets, _ = build_targets([STEPS], [GRID], options(softmax_scope="clip", map_scale="max"))
+    expect(targets, [[(0, STEPS[0]), (48, STEPS[3])]])
+
+
+@pytest.mark.parametrize("fields", [{}, {"softmax_scope": "clip"}, {"loss": "bce"}])
+def test_the_mean_is_over_nouns_or_over_units(fields):
+    """The release divides by (sub-token, frame) pairs: nouns seen longer weigh more."""
+    once = [STEPS[0], None, None, None]
+    coverages, grids = [STEPS, once], [GRID, GRID]
+    by_noun, of_nouns = build_targets(coverages, grids, options(**fields))
+    by_unit, of_units = build_targets(coverages, grids, options(loss_mean="unit", **fields))
+    lengths = [1, 1] if "softmax_scope" in fields else [2, 1]
+    assert by_noun.unit_weights.tolist() == [1 / n for n in lengths for _ in range(n)]
+    assert by_unit.unit_weights.tolist() == [1] * sum(lengths)
+    assert (of_nouns["mask"], of_units["mask"]) == (2, sum(lengths))
+    assert of_nouns["supervised_nouns"] == of_units["supervised_nouns"] == 2
+    expect(by_unit, units_of(by_noun))
 
 
 @pytest.mark.parametrize("scope", ["frame", "clip"])
 def test_a_noun_that_is_never_seen_has_no_unit_and_is_not_counted(scope):
     never = [np.zeros(GRID), None, np.zeros(GRID)]
-    targets, counts = build_targets([never, [None] * 3], [16, 16], scope)
-    assert counts == {"mask": 0, "nouns": 2, "absent_steps": 2, "unannotated_steps": 4}
-    assert [len(value) for value in vars(targets).values()] == [0, 0, 0, 0]
-    assert targets.cells.dtype == torch.int64
+    targets, counts = build_targets([never, [None] * 3], [GRID, GRID], options(softmax_scope=scope))
+    assert counts == NO_COUNTS | {"nouns": 2, "absent_steps": 2, "unannotated_steps": 4}
+    assert not targets.groups
+    assert [len(targets.order), len(targets.unit_lengths), len(targets.unit_weights)] == [0, 0, 0]
+    assert build_targets([], [], options())[1] == NO_COUNTS
+
+
+def big(step: np.ndarray, factor: int) -> np.ndarray:
+    return np.kron(step, np.ones((factor, factor))) > 0
+
+
+def test_on_the_pixel_side_every_annotated_frame_is_a_target():
+    """Two frames per step, of several sizes; absent frames belong to the unit of kl in wide scopes alone."""
+    left, middle = cells(*LEFT), cells(*MIDDLE)
+    frames = [[big(left, 3), big(middle, 3)], [], [big(0 * left, 3)], [big(middle, 5), big(0 * left, 5)]]
+    coverages = [(left + middle) / 2, None, 0 * left, middle / 2]
+    fields = {"mask_side": "pixel"}
+    targets, counts = build_targets([coverages], [GRID], options(**fields), masks=[frames])
+    shown = [(0, frames[0][0]), (0, frames[0][1]), (48, frames[3][0])]
+    expect(targets, [[frame] for frame in shown])
+    assert targets.unit_weights.tolist() == pytest.approx([1 / 3] * 3)
+    assert counts == {"mask": 1, "supervised_nouns": 1, "nouns": 1, "absent_steps": 1, "unannotated_steps": 1}
+    assert {group.size for group in targets.groups.values()} == {(12, 12), (20, 20)}
+    assert all(group.target.dtype == torch.uint8 for group in targets.groups.values()), "bits travel, not pixels"
+    assert targets.groups["(4, 4) (20, 20) bool"].target.shape == (1, 20, 3)
+
+    targets, _ = build_targets([coverages], [GRID], options(softmax_scope="clip", **fields), masks=[frames])
+    expect(targets, [[*shown[:2], (32, frames[2][0]), shown[2], (48, frames[3][1])]])
 
 
 @pytest.mark.parametrize("scope", ["frame", "clip"])
@@ -136,11 +255,10 @@ def test_a_noun_that_is_never_seen_has_no_unit_and_is_not_counted(scope):
 def test_the_loss_is_a_mean_over_steps_of_each_noun_and_unannotated_steps_have_no_gradient(scope, kind):
     """Two nouns on different grids, one with two shown steps and one with one: equal say, whatever their numbers."""
     other = [None, np.array([[0.25, 0.0, 1.0]])]
-    coverages, sizes = [STEPS, other], [16, 3]
-    targets, counts = build_targets(coverages, sizes, scope)
+    coverages, config = [STEPS, other], options(softmax_scope=scope, loss=kind)
+    targets, counts = build_targets(coverages, [GRID, (1, 3)], config)
     maps = torch.rand(4 * 16 + 2 * 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    arguments = (targets.coverage, targets.unit_lengths, targets.unit_weights)
-    got = mask_loss(maps[targets.cells], *arguments, kind=kind) / counts["mask"]
+    got = mask_term({0: maps}, [64, 6], [1, 1], targets, config) / counts["mask"]
 
     def unit(m: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         if kind == "bce":
@@ -148,7 +266,7 @@ def test_the_loss_is_a_mean_over_steps_of_each_noun_and_unannotated_steps_have_n
         return torch.nn.functional.kl_div((m / m.sum()).log(), c / c.sum(), reduction="sum")
 
     nouns, start = [], 0
-    for steps, size in zip(coverages, sizes):
+    for steps, size in zip(coverages, [16, 3]):
         of_noun = maps[start : start + size * len(steps)].view(len(steps), size)
         start += size * len(steps)
         flat = [None if c is None else torch.tensor(c.ravel(), dtype=torch.float32) for c in steps]
@@ -212,8 +330,8 @@ def test_coverage_follows_the_sampled_frames(tmp_path):
     np.testing.assert_allclose(first, cells(*LEFT))
     np.testing.assert_allclose(second, cells(*RIGHT))
     np.testing.assert_allclose(third, 0 * cells(*LEFT))
-    assert batch.counts == {"text": 2, "mask": 1, "nouns": 1, "absent_steps": 1, "unannotated_steps": 0}
-    assert batch.targets.cells.tolist() == list(range(32))
+    assert batch.counts == NO_COUNTS | {"text": 2, "mask": 1, "supervised_nouns": 1, "nouns": 1, "absent_steps": 1}
+    expect(batch.targets, [[(0, first)], [(16, second)]])
     assert batch.clips[0].seconds_per_step == pytest.approx(2 * 2 / 4)  # two frames apart by two quarter seconds
 
     uniform = collator_for(tmp_path, "data.frame_sampling=uniform")([request])
@@ -227,16 +345,24 @@ def test_targets_lie_on_their_nouns_own_map(tmp_path):
     write(tmp_path, "b", {"a": {9: box(*MIDDLE)}}, ask("a", "a"))
     batch = collator_for(tmp_path)(everything(ShardSet(tmp_path)))
     assert batch.ids == ["a#0", "a#1", "a#2", "b#0"]
-    assert [noun.row for noun in batch.nouns] == [0, 1, 3], "a noun without objects owns nothing"
+    assert [noun.conversation for noun in batch.nouns] == [0, 1, 3], "a noun without objects owns nothing"
     assert batch.counts["mask"] == 3
-    dense = torch.zeros(3 * 48)
-    dense[batch.targets.cells] = batch.targets.coverage
-    want = torch.zeros(3, 3, 4, 4)
-    want[0, 1], want[1, 0] = torch.tensor(cells(*RIGHT)), torch.tensor(cells(*LEFT))
-    want[2, 2] = torch.tensor(cells(*MIDDLE))
-    torch.testing.assert_close(dense.view(3, 3, 4, 4), want)
-    assert batch.targets.unit_lengths.tolist() == [16, 16, 16]
+    expect(batch.targets, [[(16, cells(*RIGHT))], [(48, cells(*LEFT))], [(2 * 48 + 32, cells(*MIDDLE))]])
     assert batch.table.map_sizes == [48] * sum(len(noun.tokens) for noun in batch.nouns)
+
+
+def test_masks_travel_at_their_own_size_as_bits(tmp_path):
+    """Pixel side through the collator, beside the coverage that predictions show."""
+    masks: Masks = {"a": {0: box(*LEFT), 3: box(*RIGHT, (112, 112)), 5: None}}
+    write(tmp_path, "clip", masks, ask("a", "a"), ask("a", "a"))
+    (request,) = everything(ShardSet(tmp_path))
+    batch = collator_for(tmp_path, "system.mask_side=pixel")([request])
+    assert batch.clips[0].frames[0] == [0, 3]
+    small, large = big(cells(*LEFT), 14), big(cells(*RIGHT), 28)
+    expect(batch.targets, [[(0, small)], [(0, large)], [(48, small)], [(48, large)]])
+    np.testing.assert_allclose(batch.coverages[0][0], (cells(*LEFT) + cells(*RIGHT)) / 2)
+    moved = batch.to("meta")
+    assert {t.device.type for group in moved.targets.groups.values() for t in (group.starts, group.target)} == {"meta"}
 
 
 def test_the_chosen_frames_are_the_ones_that_are_decoded(tmp_path):
@@ -249,9 +375,9 @@ def test_the_chosen_frames_are_the_ones_that_are_decoded(tmp_path):
     assert chosen == choose_frames(23, 7, [0, 4, 21])
     assert {0, 4, 21} <= set(chosen)
     # Back from patches to pixels; the last of the seven frames fills its step twice.
-    geometry, (steps, rows, columns) = collator.geometry, clip.grid
+    geometry, (steps, rows, columns) = collator.encoder.family.geometry, clip.grid
     mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (geometry.image_mean, geometry.image_std))
-    blocks = clip.patches.view(steps, rows, columns, 2, 2, 3, 2, 7, 7).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+    blocks = clip.pixels.view(steps, rows, columns, 2, 2, 3, 2, 7, 7).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
     frames = (blocks.reshape(2 * steps, 3, 112, 112) * std + mean).mul(255).permute(0, 2, 3, 1).numpy()
     assert [read_barcode(frame) for frame in frames] == [*chosen, chosen[-1]]
 
@@ -306,8 +432,8 @@ def test_a_bad_clip_is_a_hole_that_leaves_the_others_untouched(tmp_path):
     assert alone.holes == []
     for name, tensor in alone.inputs.items():
         assert torch.equal(tensor, batch.inputs[name]), name
-    for name, tensor in vars(alone.targets).items():
-        assert torch.equal(tensor, getattr(batch.targets, name)), name
+    expect(alone.targets, units_of(batch.targets))
+    assert torch.equal(alone.targets.unit_weights, batch.targets.unit_weights)
     assert (alone.nouns, alone.counts) == (batch.nouns, batch.counts)
 
 

@@ -118,7 +118,7 @@ def build_targets(
         together = config.loss == "kl" and wide
         of_noun = [[frame] for frame in kept] if not together else [kept] if shown else []
         units += of_noun
-        weights += [1.0 if config.loss_mean == "unit" else 1 / len(of_noun)] * len(of_noun)
+        weights += [1.0 if config.loss_mean == "unit" else 1 / len(of_noun) for _ in of_noun]
         for unit in of_noun:
             for frame in unit:
                 groups.setdefault(frame.group, []).append(frame)
@@ -148,13 +148,13 @@ class _Frame:
 
 
 def _stack(frames: Sequence[_Frame]) -> FrameGroup:
-    target = np.stack([frame.target for frame in frames])
-    pixels = target.dtype == bool
+    first = frames[0].target
+    pixels = first.dtype == bool
     # Bits, an eighth of the bytes from the loader to the device; rows start on a byte, as the kernel reads them.
-    stacked = np.packbits(target, axis=-1, bitorder="little") if pixels else target.astype(np.float32)
+    stacked = [np.packbits(f.target, axis=-1, bitorder="little") if pixels else np.float32(f.target) for f in frames]
     return FrameGroup(
         starts=torch.tensor([frame.start for frame in frames], dtype=torch.int64),
-        target=torch.from_numpy(stacked),
+        target=torch.from_numpy(np.stack(stacked)),
         grid=frames[0].grid,
-        size=(target.shape[1], target.shape[2]) if pixels else None,
+        size=(first.shape[0], first.shape[1]) if pixels else None,
     )
