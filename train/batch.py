@@ -61,16 +61,17 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with every tensor on `device`."""
-        return _moved(self, device)
+        return moved(self, device)
 
 
-def _moved(value: Any, device: torch.device | str) -> Any:
+def moved(value: Any, device: torch.device | str) -> Any:
+    """Copy of a tensor, or of a dictionary or dataclass of such, on `device`; anything else as it is."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
+        return {key: moved(item, device) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _moved(getattr(value, f.name), device) for f in fields(value)})
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
     return value
 
 
