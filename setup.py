@@ -54,7 +54,9 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.7", "liger-kernel>=0.5"],
+        "peft": ["peft>=0.15"],
         "dev": [
+            "peft>=0.15",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-benchmark>=5",

@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 from swim import __version__
 from swim.data_tools.plan import PlanState
 from swim.data_tools.shards import sync
+from swim.train.lora import has_lora, merge_lora, save_adapter
 from swim.train.world import World
 
 MANIFEST = "manifest.json"
@@ -99,8 +100,10 @@ PROCESSOR_FILES = (
 
 
 def save_model(engine: Any, folder: Path, tokenizer: Any, base: str | None, world: World) -> None:
-    """Stock model folder of the current weights, gathered one parameter at a time on rank 0, with `base`'s
-    processor."""
+    """Stock model folder of the current weights, gathered one parameter at a time on rank 0, with `base`'s processor.
+
+    Adapters are merged into it, and also written alone into its subfolder `adapter`.
+    """
     import deepspeed
 
     state: dict[str, torch.Tensor] = {}
@@ -112,7 +115,15 @@ def save_model(engine: Any, folder: Path, tokenizer: Any, base: str | None, worl
     if world.is_main:
         hidden = folder.with_name(f".{folder.name}.incoming")
         shutil.rmtree(hidden, ignore_errors=True)
-        engine.module.save_pretrained(hidden, state_dict=state)
+        model = engine.module
+        if has_lora(model):
+            save_adapter(model, state, hidden / "adapter")
+            model, state = model.get_base_model(), merge_lora(model, state)
+        # Under ZeRO-3 transformers 5.23 keeps renamings that no weight needed, and would undo those as well.
+        if conversions := getattr(model, "_weight_conversions", None):
+            # (5.17 has no `was_used`, nor the renamings.)
+            model._weight_conversions = [c for c in conversions if getattr(c, "was_used", lambda: True)()]
+        model.save_pretrained(hidden, state_dict=state)
         tokenizer.save_pretrained(hidden)
         for name in PROCESSOR_FILES:
             found = base and cached_file(base, name, _raise_exceptions_for_missing_entries=False)

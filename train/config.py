@@ -62,6 +62,19 @@ class TokenizerConfig(Section):
     """Entries, special tokens included."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters on the text model, trained instead of the model's own weights; needs the `peft` extra."""
+
+    rank: int = Field(16, gt=0)
+    """Rank of every adapter."""
+    alpha: int = Field(32, gt=0)
+    """Scale: the update is alpha / rank times the product of the two matrices."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout in front of the adapters."""
+    targets: str = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    """Regular expression that the whole name of a linear layer must match to get an adapter."""
+
+
 class ModelConfig(Section):
     """The stock model: pretrained weights at `path`, or random weights for an inline `config`."""
 
@@ -77,6 +90,8 @@ class ModelConfig(Section):
     """Attention backend of the text model; the vision tower uses sdpa or the same flash."""
     checkpointing: bool = False
     """Recompute activations in the backward pass (always non-reentrant)."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of all weights; the saved model has them merged, with the adapters beside it."""
     freeze: list[str] = []
     """Regular expressions; a parameter whose name one of them matches anywhere is not trained."""
 

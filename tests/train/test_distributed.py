@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import TINY, finish, kill, metrics, run, start
+from safetensors import safe_open
 from tiny import largest_difference, make_data
 from transformers import AutoModelForImageTextToText
 
@@ -110,6 +111,9 @@ def test_two_ranks_equal_a_plain_torch_loop(mixed, tmp_path, layout):
             assert line[f"loss/{name}"] == pytest.approx(sums[name] / max(counts[name], 1), abs=2e-5)
         assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
         assert line["count/mask"] == counts["mask"]
+    files = [folder / "model.safetensors" for folder in (mixed / "base", tmp_path / "runs" / "two" / "model")]
+    with safe_open(files[0], "pt") as base, safe_open(files[1], "pt") as saved:
+        assert base.keys() == saved.keys(), "the names of the base's own file"
     trained = parameters(stock(tmp_path / "runs" / "two" / "model"))
     assert largest_difference(parameters(model), trained) < 1e-5
     assert largest_difference(parameters(stock(mixed / "base")), trained) > 5e-4, "training must move the weights"

@@ -15,6 +15,7 @@ from swim.train.batch import Batch, BatchOptions
 from swim.train.config import Config, ConfigError
 from swim.train.encode import ConversationEncoder
 from swim.train.families import family_of
+from swim.train.lora import add_lora
 from swim.train.system import Progress, Request, Term
 from swim.train.systems.swim.config import Config as SwimConfig
 from swim.train.systems.swim.config import resolve_layers
@@ -54,13 +55,12 @@ class SwimSystem:
         self._captures: list[Capture] = []
 
     def build_model(self) -> nn.Module:
-        """The stock model with capture registered, checkpointing and frozen parameters set."""
+        """The stock model with capture registered, checkpointing, adapters and frozen parameters set."""
         source, dtype = self.config.model, getattr(torch, self.config.model.dtype)
-        vision = "sdpa" if source.attention == "sdpa" else source.attention
-        attention = {"text_config": source.attention, "vision_config": vision}
+        attention = {"text_config": source.attention, "vision_config": source.attention}
         if source.path is not None:
             # safetensors only: other weight files are pickles, which run code when they are read
-            model = AutoModelForImageTextToText.from_pretrained(
+            model: Any = AutoModelForImageTextToText.from_pretrained(
                 source.path, dtype=dtype, attn_implementation=attention, use_safetensors=True
             )
         else:
@@ -71,6 +71,9 @@ class SwimSystem:
         register_capture(model)
         if source.checkpointing:
             enable_checkpointing(model)
+        if source.lora is not None:
+            torch.manual_seed(self.config.run.seed)  # the adapters' first values, the same on every rank
+            model = add_lora(model, source.lora)
         for pattern in source.freeze:
             matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
             if not matched:
