@@ -47,6 +47,7 @@ def blob(seed: int, size: tuple[int, int]) -> np.ndarray:
 
 # Three tokens; a step of two masks of different sizes, one half annotated and half absent, one not annotated, one whose
 # second frame repeats its first, one absent. One token, a union of two objects. One never seen. One never annotated.
+# One whose frames share grid and sizes with the first noun's, but not their weight.
 NOUNS = [
     Noun(
         3,
@@ -70,6 +71,7 @@ NOUNS = [
     ),
     Noun(2, (2, 2), [[0, 1], [2, 3]], {"d": {0: None, 1: None, 3: None}}),
     Noun(1, (2, 3), [[0, 1]], {"e": {9: blob(9, (6, 9))}}),
+    Noun(1, (2, 3), [[0, 1], [2, 3]], {"f": {0: blob(10, (6, 9)), 1: blob(11, (8, 6))}}),
 ]  # fmt: skip
 
 
@@ -337,11 +339,13 @@ def test_min_max_of_a_constant_map_is_zero_and_moves_nothing():
     flat = {layer: torch.full((total,), 0.25).requires_grad_() for layer in LAYERS}
     loss = mask_term(flat, row_sizes, tokens, targets, config)
     assert not any(grad.any() for grad in torch.autograd.grad(loss, list(flat.values())))
-    # Beyond the guard the same steps do move: a difference of 1e-4 of the peak is one.
+    # Nor does a map that is constant but for rounding; a difference of 1e-4 of the peak does.
     generator = torch.Generator().manual_seed(0)
-    near = {layer: (0.25 + 1e-4 * torch.rand(total, generator=generator)).requires_grad_() for layer in LAYERS}
-    loss = mask_term(near, row_sizes, tokens, targets, config)
-    assert all(grad.any() for grad in torch.autograd.grad(loss, list(near.values())))
+    noise = torch.rand(total, generator=generator)
+    for size, moves in ((1e-7, False), (1e-4, True)):
+        near = {layer: (0.25 + size * noise).requires_grad_() for layer in LAYERS}
+        loss = mask_term(near, row_sizes, tokens, targets, config)
+        assert [bool(grad.any()) for grad in torch.autograd.grad(loss, list(near.values()))] == [moves] * 3
 
 
 @pytest.mark.parametrize("side", ["grid", "pixel"])
