@@ -87,7 +87,7 @@ def test_a_missing_field_is_named():
         ("data.workers=-1", "data.workers: ", "-1"),
         ("system.layers=three", "system.layers: ", "'three'"),
         ("system.layers=[]", "system.layers: ", "[]"),
-        ("system.loss=dice", "system.loss: Input should be 'kl' or 'bce'", "'dice'"),
+        ("system.loss=miou", "system.loss: Input should be 'kl', 'bce', 'dice', 'focal' or 'iou'", "'miou'"),
         ("system.mask_weight=-0.5", "system.mask_weight: ", "-0.5"),
         ("system=swim", "system: ", "'swim'"),
         ("run=3", "run: ", "3"),

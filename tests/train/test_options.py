@@ -402,7 +402,7 @@ NO_LAYERS = ["even", "even:0", "even:-1", "first:3", "all:2", "[]", "3", "[1, x]
 
 @pytest.mark.parametrize("value", NO_LAYERS)
 def test_layers_that_are_no_layers_are_named(value):
-    with pytest.raises(ConfigError, match=r"system\.layers: .* is neither a list of layer numbers nor one of 'even:N'"):
+    with pytest.raises(ConfigError, match=r"system\.layers: neither a list of layer numbers nor one of 'even:N'"):
         load_config("tiny_cpu", [f"system.layers={value}"])
 
 

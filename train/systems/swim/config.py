@@ -53,8 +53,7 @@ class Config(Section):
         # By type: a bool is an int too, but no layer.
         if isinstance(value, list | tuple) and value and all(type(layer) is int for layer in value):
             return list(value)
-        known = "'even:N', 'last:N' (N from 1) or 'all'"
-        raise ValueError(f"system.layers: {value!r} is neither a list of layer numbers nor one of {known}")
+        raise ValueError("neither a list of layer numbers nor one of 'even:N', 'last:N' (N from 1), 'all'")
 
     @model_validator(mode="after")
     def _something_to_train(self) -> "Config":
