@@ -1,5 +1,6 @@
 """A tiny model, its system and a few synthetic clips, shared by the tests and by the processes they start."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,40 @@ def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
     """Largest absolute difference between two dictionaries of tensors with the same names."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def family_config(data: Path, model_type: str, *overrides: str) -> Config:
+    """A small model of any family over the shards in `data`; layers 0 and 2 of its three are supervised."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.08,
+    }
+    vision: dict[str, Any] = {"patch_size": 7, "initializer_range": 0.08}
+    grid = {"spatial_merge_size": 2, "temporal_patch_size": 2, "depth": 2, "num_heads": 2}
+    plain = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    match model_type:
+        case "qwen2_vl":
+            text |= {"rope_parameters": {**rope, "mrope_section": [2, 3, 3]}}
+            vision |= {**grid, "embed_dim": 32, "mlp_ratio": 2}
+        case "qwen2_5_vl":
+            text |= {"rope_parameters": {**rope, "mrope_section": [2, 3, 3]}}
+            vision |= {**grid, "hidden_size": 32, "intermediate_size": 64, "tokens_per_second": 2}
+            vision |= {"window_size": 28, "fullatt_block_indexes": [1]}
+        case "qwen3_vl":
+            text |= {"rope_parameters": {**rope, "mrope_section": [4, 2, 2]}, "head_dim": 16}
+            vision |= {**grid, "hidden_size": 32, "intermediate_size": 64}
+            vision |= {"num_position_embeddings": 144, "deepstack_visual_indexes": [0, 1]}
+        case "llava_onevision":  # nine patches a side, so that pooling rounds up
+            text |= {"model_type": "qwen2", "rope_parameters": rope}
+            vision |= {**plain, "model_type": "siglip_vision_model", "image_size": 63, "vision_use_head": False}
+            del vision["initializer_range"]
+        case "internvl":
+            text |= {"model_type": "qwen2", "rope_parameters": rope}
+            vision |= {**plain, "image_size": 56}
+    model = {"model_type": model_type, "tie_word_embeddings": False, "text_config": text, "vision_config": vision}
+    return tiny_config(data, f"model.config={json.dumps(model)}", "system.layers=[0, 2]", *overrides)

@@ -3,8 +3,10 @@
 A family says how frames become the model's pixels, which text stands where the chat template puts a video (with one
 placeholder token per run of visual tokens), how long each run is, and which positions the tokens have. The visual
 tokens of a clip are its first T x h x w placeholder tokens, in that order; they need not be contiguous. Everything
-else (encoding, batches, attention, losses) is the same for all. Equal to the stock processors, see
-tests/train/test_families.py.
+else (encoding, batches, attention, losses) is the same for all. Equal to the stock processors and models, see
+tests/train/test_families.py and test_preprocess.py.
+
+Means and deviations of pixels are those of the processor file beside a pretrained model, else the constants named here.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swim.train.preprocess import Geometry, patchify
+from swim.train.preprocess import CLIP, HALF, IMAGENET, Geometry, colours_of, patchify, processor_file, resize, side_of
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,13 @@ class Family(ABC):
 class Qwen2VL(Family):
     """Qwen2-VL (arXiv 2409.12191): one run per clip, multimodal RoPE over (time, row, column)."""
 
+    colours = CLIP
+
     def __init__(self, config: Any, tokenizer: Any) -> None:
-        self.geometry = Geometry.of(config)
+        self.geometry = Geometry.of(config, self.colours)
         self.frames_per_step = self.geometry.temporal_patch_size
         self.token_id = config.video_token_id
-        self.token = self.template = str(tokenizer.convert_ids_to_tokens(config.video_token_id))
+        self.token = self.template = _token(tokenizer, config.video_token_id)
 
     def pixels(self, frames: np.ndarray, *, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
         """Patch rows (T * H * W, values) and the grid of merged tokens."""
@@ -130,18 +134,27 @@ class Qwen25VL(Qwen2VL):
 
 
 class Qwen3VL(Qwen2VL):
-    """Qwen3-VL: one run per temporal step, each behind its time as text; every step's positions start anew."""
+    """Qwen3-VL (arXiv 2511.21631): one run per temporal step, each behind its time as text; every step's positions
+    start anew.
+
+    The steps stand in place of the template's framed placeholder, as in the processor's first release and in vLLM;
+    transformers 5.12 and later leave its frame around them (vLLM issue 46817). The pixel budget is one frame's, as for
+    the other families; the stock processor's is the clip's, so its numbers are N times ours for N frames. It also
+    enlarges frames with a side below one cell before it applies the budget.
+    """
+
+    colours = HALF
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
-        self.geometry = self.geometry.model_copy(update={"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)})
-        start, end = tokenizer.convert_ids_to_tokens([config.vision_start_token_id, config.vision_end_token_id])
+        start, end = (_token(tokenizer, i) for i in (config.vision_start_token_id, config.vision_end_token_id))
         self.template = self._step = f"{start}{self.token}{end}"
 
     def text(self, clip: Clip) -> str:
         """`<1.5 seconds>` and a framed placeholder for every step: the mean time of its first and last frame."""
-        times = [(frames[0] + frames[-1]) / 2 / clip.fps if frames else 0.0 for frames in clip.frames]
-        return "".join(f"<{time:.1f} seconds>{self._step}" for time in times)
+        # Divided before they are added, as in the stock processor: the other order rounds differently now and then.
+        ends = [(frames[0] / clip.fps, frames[-1] / clip.fps) if frames else (0.0, 0.0) for frames in clip.frames]
+        return "".join(f"<{(first + last) / 2:.1f} seconds>{self._step}" for first, last in ends)
 
     def runs(self, clip: Clip) -> list[int]:
         """One run per step."""
@@ -150,6 +163,128 @@ class Qwen3VL(Qwen2VL):
     def positions(self, types: np.ndarray, clip: Clip | None) -> np.ndarray:
         """Multimodal RoPE with every step a clip of its own."""
         return mrope_positions(types, [((1, *clip.grid[1:]), 1.0)] * clip.grid[0] if clip else [])
+
+
+class _SquareFrames(Family):
+    """Families that stretch every frame to a square of the vision tower's size; a frame is a step, positions are plain.
+
+    The tower knows one size, so the pixel budget is not looked at.
+    """
+
+    frames_per_step = 1
+    colours = CLIP
+    strategy: str  # the one vision_feature_select_strategy whose features are all patches and nothing else
+
+    def __init__(self, config: Any) -> None:
+        if (strategy := config.vision_feature_select_strategy) != self.strategy:
+            raise ValueError(f"vision_feature_select_strategy is {strategy!r}; only {self.strategy!r} is implemented")
+        fields = processor_file(config)
+        self.normalisation = colours_of(fields, self.colours)
+        self.side = side_of(config.vision_config, "image_size")
+        self.patches = self.side // side_of(config.vision_config, "patch_size")  # per row of a frame
+        size = fields.get("size") or {}
+        if (stored := (size.get("height"), size.get("width"))) not in ((None, None), (self.side, self.side)):
+            raise ValueError(
+                f"the video processor of {config.name_or_path} makes frames of {stored[0]}x{stored[1]} pixels, its "
+                f"vision_config.image_size is {self.side}; only equal sizes are implemented"
+            )
+
+    @property
+    @abstractmethod
+    def cells(self) -> int:
+        """Visual tokens per row, and rows, of a frame."""
+
+    def pixels(self, frames: np.ndarray, *, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:  # noqa: ARG002
+        """Frames (N, 3, side, side) and the grid."""
+        return resize(frames, self.side, self.side, self.normalisation), (len(frames), self.cells, self.cells)
+
+    def positions(self, types: np.ndarray, clip: Clip | None) -> np.ndarray:  # noqa: ARG002
+        """Tokens count on."""
+        return np.arange(len(types))[None]
+
+    def dummy(self) -> Clip:
+        """One frame."""
+        grid = (1, self.cells, self.cells)
+        pixels = torch.zeros(1, 3, self.side, self.side)
+        return Clip(key="", pixels=pixels, grid=grid, frames=[[]], seconds_per_step=1.0, fps=1.0)
+
+
+class LlavaOnevision(_SquareFrames):
+    """LLaVA-OneVision (arXiv 2408.03326): patches pooled two by two, one run per clip that ends in a line break.
+
+    Published checkpoints bring SigLIP's means of 0.5 in their processor file; the stock class's are CLIP's.
+    """
+
+    strategy = "full"
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        super().__init__(config)
+        self.token_id = config.video_token_id
+        self.token = self.template = _token(tokenizer, config.video_token_id)
+
+    @property
+    def cells(self) -> int:
+        """Half the patches, rounded up."""
+        return -(-self.patches // 2)
+
+    def text(self, clip: Clip) -> str:  # noqa: ARG002
+        """The placeholder alone."""
+        return self.token
+
+    def runs(self, clip: Clip) -> list[int]:
+        """One run; its last token is the line break, not a part of any frame."""
+        return [clip.num_cells + 1]
+
+    def inputs(self, clips: Sequence[Clip], types: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """Frames (clips, N, 3, side, side): all clips of a batch need as many frames."""
+        return {"pixel_values_videos": torch.stack([clip.pixels for clip in clips])}
+
+
+class InternVL(_SquareFrames):
+    """InternVL 2.5 and 3 (arXiv 2412.05271): every frame is an image of its own, named `Frame1: ` and so on.
+
+    The constants are those of the published checkpoints (ImageNet's), not of the stock class (CLIP's).
+    """
+
+    colours = IMAGENET
+    strategy = "default"
+    template = "<video>"
+    frame = ("<img>", "</img>")
+
+    def __init__(self, config: Any, tokenizer: Any) -> None:
+        super().__init__(config)
+        self.ratio = config.downsample_ratio
+        if self.patches * self.ratio != self.cells:
+            raise ValueError(f"downsample_ratio {self.ratio} does not divide the {self.patches} patches of a row")
+        if missing := [token for token in self.frame if token not in tokenizer.get_vocab()]:
+            raise ValueError(f"the tokenizer has no {' and '.join(missing)}, which frame the images of InternVL")
+        self.token_id = config.image_token_id
+        self.token = _token(tokenizer, config.image_token_id)
+
+    @property
+    def cells(self) -> int:
+        """Rows and columns of patches that pixel shuffle leaves."""
+        return int(self.patches * self.ratio)
+
+    def text(self, clip: Clip) -> str:
+        """A line per frame."""
+        start, end = self.frame
+        return "\n".join(f"Frame{i + 1}: {start}{self.token}{end}" for i in range(clip.grid[0]))
+
+    def runs(self, clip: Clip) -> list[int]:
+        """One run per frame."""
+        return [clip.grid[1] * clip.grid[2]] * clip.grid[0]
+
+    def inputs(self, clips: Sequence[Clip], types: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        """Frames of all clips as images."""
+        return {"pixel_values": torch.cat([clip.pixels for clip in clips])}
+
+
+def _token(tokenizer: Any, number: int) -> str:
+    # A config that names a token beyond the vocabulary would otherwise end in a template without any placeholder.
+    if (token := tokenizer.convert_ids_to_tokens(number)) is None:
+        raise ValueError(f"the config names token {number}, the tokenizer has {len(tokenizer)}; give the model's own")
+    return str(token)
 
 
 def mrope_positions(types: np.ndarray, clips: Sequence[tuple[tuple[int, int, int], float]]) -> np.ndarray:
@@ -176,7 +311,13 @@ def mrope_positions(types: np.ndarray, clips: Sequence[tuple[tuple[int, int, int
     return positions
 
 
-FAMILIES: dict[str, Any] = {"qwen2_vl": Qwen2VL, "qwen2_5_vl": Qwen25VL, "qwen3_vl": Qwen3VL}
+FAMILIES: dict[str, Any] = {
+    "qwen2_vl": Qwen2VL,
+    "qwen2_5_vl": Qwen25VL,
+    "qwen3_vl": Qwen3VL,
+    "llava_onevision": LlavaOnevision,
+    "internvl": InternVL,
+}
 
 
 def family_of(config: Any, tokenizer: Any) -> Family:

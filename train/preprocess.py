@@ -1,9 +1,10 @@
-"""Frames to model pixels for the Qwen-VL families, in torch alone (the stock video processor needs torchvision).
+"""Frames to model pixels, in torch alone (the stock video processors need torchvision).
 
-    resize (bicubic, antialiased) to multiples of patch * merge within the pixel budget, normalise, cut into patches
+    resize (bicubic, antialiased) and normalise; for the Qwen-VL families to multiples of patch * merge within the
+    pixel budget, then cut into patches
 
 A patch row holds channel x temporal_patch x patch x patch values; rows run over t, then over merge x merge blocks, so
-that each block of merge^2 rows becomes one visual token. Equal to Qwen2VLVideoProcessor
+that each block of merge^2 rows becomes one visual token. Equal to the stock video processors
 (tests/train/test_preprocess.py).
 """
 
@@ -14,29 +15,70 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
+from transformers.models.auto.video_processing_auto import get_video_processor_config
 
 from swim.data_tools.video import VideoError
 
+RGB = tuple[float, float, float]
+Colours = tuple[RGB, RGB]  # means and deviations of pixels in [0, 1]
+CLIP: Colours = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGENET: Colours = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF: Colours = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+_BICUBIC = 3  # Pillow's number, which processor files use
+
+
+def processor_file(config: Any) -> dict[str, Any]:
+    """Fields of the video processor file beside the model that `config` was read from, {} if there is none.
+
+    ValueError for one that prepares frames in a way this module does not.
+    """
+    fields: dict[str, Any] = get_video_processor_config(config.name_or_path) if config.name_or_path else {}
+    for key, known in {"resample": _BICUBIC, "do_normalize": True, "do_center_crop": False}.items():
+        if (value := fields.get(key)) is not None and value != known:
+            raise ValueError(
+                f"the video processor of {config.name_or_path} has {key} {value}; only {known} is implemented"
+            )
+    return fields
+
+
+def colours_of(fields: dict[str, Any], default: Colours) -> Colours:
+    """Means and deviations that a processor file gives, else `default`."""
+    mean, std = (tuple(fields.get(key) or of) for key, of in zip(("image_mean", "image_std"), default))
+    if not len(mean) == len(std) == 3:
+        raise ValueError(f"image_mean {list(mean)} and image_std {list(std)} of the video processor need three values")
+    return mean, std
+
+
+def side_of(section: Any, key: str) -> int:
+    """A side in pixels that a config gives as one number or as a square; ValueError for anything else."""
+    value = getattr(section, key, None)
+    sides = set(value) if isinstance(value, list | tuple) else {value}
+    if len(sides) != 1 or not isinstance(side := sides.pop(), int) or side < 1:
+        raise ValueError(f"vision_config.{key} is {value!r}; a positive number, or a square of two, is needed")
+    return side
+
 
 class Geometry(BaseModel):
-    """How a model family cuts video into tokens; patch sizes in pixels and frames, means and deviations of pixels in
-    [0, 1]."""
+    """How the Qwen-VL families cut video into tokens; patch sizes in pixels and frames, colours of pixels in [0, 1]."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     patch_size: int
     merge_size: int
     temporal_patch_size: int
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    image_mean: RGB = CLIP[0]
+    image_std: RGB = CLIP[1]
 
     @classmethod
-    def of(cls, config: Any) -> "Geometry":
-        """Read the geometry of a Qwen-VL model config."""
+    def of(cls, config: Any, colours: Colours = CLIP) -> "Geometry":
+        """Read the geometry of a Qwen-VL model config, and its colours where a processor file stands beside it."""
         vision = config.vision_config
+        mean, std = colours_of(processor_file(config), colours)
         return cls(
-            patch_size=vision.patch_size,
+            patch_size=side_of(vision, "patch_size"),
             merge_size=vision.spatial_merge_size,
-            temporal_patch_size=vision.temporal_patch_size,
+            temporal_patch_size=side_of(vision, "temporal_patch_size"),
+            image_mean=mean,
+            image_std=std,
         )
 
     @property
@@ -68,6 +110,16 @@ def smart_resize(height: int, width: int, cell: int, min_pixels: int, max_pixels
     return new_height, new_width
 
 
+def resize(frames: np.ndarray, height: int, width: int, colours: Colours) -> Tensor:
+    """Normalised pixels (N, 3, height, width) fp32 of RGB frames (N, height, width, 3) uint8 of any size."""
+    video = torch.from_numpy(frames).permute(0, 3, 1, 2)
+    if (height, width) != video.shape[-2:]:
+        # On uint8, as the stock processor does: its result is rounded to whole grey levels before normalisation.
+        video = torch.nn.functional.interpolate(video, (height, width), mode="bicubic", antialias=True)
+    mean, std = (255 * torch.tensor(x).view(1, 3, 1, 1) for x in colours)
+    return (video.float() - mean) / std
+
+
 def patchify(
     frames: np.ndarray, geometry: Geometry, *, min_pixels: int, max_pixels: int
 ) -> tuple[Tensor, tuple[int, int, int]]:
@@ -76,12 +128,7 @@ def patchify(
     An odd last frame is repeated to fill its temporal patch. `min_pixels` and `max_pixels` are per frame.
     """
     height, width = smart_resize(frames.shape[1], frames.shape[2], geometry.cell, min_pixels, max_pixels)
-    video = torch.from_numpy(frames).permute(0, 3, 1, 2)
-    if (height, width) != video.shape[-2:]:
-        # On uint8, as the stock processor does: its result is rounded to whole grey levels before normalisation.
-        video = torch.nn.functional.interpolate(video, (height, width), mode="bicubic", antialias=True)
-    mean, std = (255 * torch.tensor(x).view(1, 3, 1, 1) for x in (geometry.image_mean, geometry.image_std))
-    video = (video.float() - mean) / std
+    video = resize(frames, height, width, (geometry.image_mean, geometry.image_std))
     if missing := -len(video) % geometry.temporal_patch_size:
         video = torch.cat([video, video[-1:].expand(missing, -1, -1, -1)])
     p, m, t = geometry.patch_size, geometry.merge_size, geometry.temporal_patch_size

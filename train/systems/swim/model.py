@@ -14,14 +14,14 @@ from swim.train.attention import MODEL_KWARG, Capture, enable_checkpointing, reg
 from swim.train.batch import Batch, BatchOptions
 from swim.train.config import Config, ConfigError
 from swim.train.encode import ConversationEncoder
-from swim.train.families import family_of
+from swim.train.families import FAMILIES, family_of
 from swim.train.lora import add_lora
 from swim.train.system import Progress, Request, Term
 from swim.train.systems.swim.config import Config as SwimConfig
 from swim.train.systems.swim.config import resolve_layers
 from swim.train.systems.swim.data import Conversations, SwimBatch, SwimCollator
 from swim.train.systems.swim.objective import noun_maps, swim_loss
-from swim.train.tokenizer import control_token_fields, load_tokenizer, train_tokenizer
+from swim.train.tokenizer import adopt_family, control_token_fields, load_tokenizer, train_tokenizer
 
 MAX_ANSWER_TOKENS = 64
 
@@ -196,13 +196,29 @@ class SwimSystem:
 
 
 def _inline_config(fields: dict[str, Any], tokenizer: Any) -> Any:
+    """Config of a model with random weights that fits the tokenizer, to which its family's control tokens are added."""
+    if (kind := fields.get("model_type")) not in FAMILIES:
+        raise ConfigError(f"model.config.model_type: {kind!r} has no family adapter; there are: {', '.join(FAMILIES)}")
+    adopt_family(tokenizer, kind)
+    text, vision = (fields.get(part, {}) for part in ("text_config", "vision_config"))
     control = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    text = {**fields.get("text_config", {}), "vocab_size": len(tokenizer), **control}
-    vision = {**fields.get("vision_config", {}), "out_hidden_size": text.get("hidden_size")}
-    top = {**{k: v for k, v in fields.items() if k != "model_type"}, **control_token_fields(tokenizer)}
-    config = AutoConfig.for_model(fields["model_type"], **{**top, "text_config": text, "vision_config": vision})
+    config = AutoConfig.for_model(
+        **{
+            **fields,
+            **control_token_fields(tokenizer, kind),
+            "text_config": {**text, "vocab_size": len(tokenizer), **control},
+            "vision_config": dict(vision),
+        }
+    )
+    # The vision towers of Qwen-VL end at the text's width themselves; the others have a projector of its own.
+    if width := {"qwen2_vl": "hidden_size", "qwen2_5_vl": "out_hidden_size", "qwen3_vl": "out_hidden_size"}.get(kind):
+        setattr(config.vision_config, width, config.text_config.hidden_size)
     # transformers keeps whatever it is given: a misspelt key would silently leave the default.
-    for where, given, section in (("", top, config), ("text_config.", text, config.text_config), ("vision_config.", vision, config.vision_config)):
+    for where, given, section in (
+        ("", fields, config),
+        ("text_config.", text, config.text_config),
+        ("vision_config.", vision, config.vision_config),
+    ):
         known = set(type(section)().to_dict())
         for key in sorted(set(given) - known):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0)
