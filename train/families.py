@@ -139,8 +139,8 @@ class Qwen3VL(Qwen2VL):
 
     The steps stand in place of the template's framed placeholder, as in the processor's first release and in vLLM;
     transformers 5.12 and later leave its frame around them (vLLM issue 46817). The pixel budget is one frame's, as for
-    the other families; the stock processor's is the clip's, so its numbers are N times ours for N frames. It also
-    enlarges frames with a side below one cell before it applies the budget.
+    the other families; the stock processor's is the clip's: N times as much for N frames, N even (an odd last frame it
+    counts once more or once less). It also enlarges frames with a side below one cell before it applies the budget.
     """
 
     colours = HALF

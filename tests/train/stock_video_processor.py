@@ -1,9 +1,10 @@
-"""Run as a program with a torchvision on PYTHONPATH: the stock Qwen2-VL video processor on a folder's NAME.case.npz.
+"""Run as a program with a torchvision on PYTHONPATH: stock video processors on a folder's NAME.case.npz.
 
 torchvision has no wheel for CPU-only torch: the CUDA build imports once its missing operator schemas are declared.
 That is good enough for an oracle, not for a runtime dependency.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -26,25 +27,20 @@ for _name, _count in _NUM_ARGUMENTS.items():
 
 
 def main(folder: str) -> None:
-    from transformers import Qwen2VLVideoProcessor
+    import transformers
 
     for source in Path(folder).glob("*.case.npz"):
         case = np.load(source)
-        processor = Qwen2VLVideoProcessor(
-            patch_size=int(case["patch_size"]),
-            merge_size=int(case["merge_size"]),
-            temporal_patch_size=int(case["temporal_patch_size"]),
-            size={"shortest_edge": int(case["min_pixels"]), "longest_edge": int(case["max_pixels"])},
-        )
+        processor = getattr(transformers, str(case["processor"]))(**json.loads(str(case["fields"])))
         result = processor(
             videos=[torch.from_numpy(case["frames"]).permute(0, 3, 1, 2)],
             return_tensors="pt",
             do_sample_frames=False,
-            cap_pixels_per_frame=False,
             input_data_format="channels_first",
+            **json.loads(str(case["options"])),
         )
         target = source.with_name(source.name.replace(".case.", ".stock."))
-        np.savez(target, pixels=result["pixel_values_videos"].numpy(), grid=result["video_grid_thw"].numpy())
+        np.savez(target, **{name: np.asarray(tensor) for name, tensor in result.items()})
 
 
 if __name__ == "__main__":

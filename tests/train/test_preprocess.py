@@ -1,19 +1,26 @@
-"""Promise: pixels and grids equal those of the stock video processor, without its torchvision."""
+"""Promise: pixels and grids equal those of the stock video processors, without their torchvision."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as stock_smart_resize
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as stock_clip_resize
 
 from swim.data_tools.video import VideoError
+from swim.train.config import TokenizerConfig
+from swim.train.families import FAMILIES, Family, family_of
 from swim.train.preprocess import Geometry, patchify, smart_resize
+from swim.train.tokenizer import adopt_family, control_token_fields, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 QWEN = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
@@ -31,12 +38,50 @@ CASES = {
 }
 
 
-def frames_of(name: str) -> np.ndarray:
+# name: (frames, height, width); the odd shapes are stretched by the families that know one size only
+CLIPS = {"landscape": (4, 250, 333), "small": (2, 61, 90), "tall": (6, 500, 120)}
+MIN_PIXELS, MAX_PIXELS = 16 * 32**2, 60 * 32**2  # of a frame
+# The stock processor of each family; a clip's budget is that of its frames for Qwen3-VL.
+PROCESSORS = {
+    "qwen2_vl": "Qwen2VLVideoProcessor",
+    "qwen2_5_vl": "Qwen2VLVideoProcessor",
+    "qwen3_vl": "Qwen3VLVideoProcessor",
+    "llava_onevision": "LlavaOnevisionVideoProcessor",
+    "internvl": "InternVLVideoProcessor",
+}
+
+
+def noise(count: int, height: int, width: int) -> np.ndarray:
     """Noise over a gradient: ringing of the resize and its clipping both matter."""
-    count, height, width, *_ = CASES[name]
-    rng = np.random.default_rng(len(name))
+    rng = np.random.default_rng(height)
     ramp = np.linspace(0, 255, width)[None, None, :, None]
     return (ramp + rng.integers(-200, 200, (count, height, width, 3))).clip(0, 255).astype(np.uint8)
+
+
+def write_case(folder: Path, name: str, frames: np.ndarray, processor: str, fields: dict[str, Any]) -> None:
+    options = {"cap_pixels_per_frame": False} if processor.startswith("Qwen") else {}
+    case = {"processor": processor, "fields": json.dumps(fields), "options": json.dumps(options)}
+    np.savez(folder / f"{name}.case.npz", frames=frames, **case)
+
+
+def stock_fields(model_type: str, num_frames: int) -> dict[str, Any]:
+    """What the published checkpoints' processors are given, where the class's own defaults are not it."""
+    if model_type == "internvl":
+        return {
+            "size": {"height": 448, "width": 448},
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+        }
+    scale = num_frames if model_type == "qwen3_vl" else 1
+    budget = {"size": {"shortest_edge": scale * MIN_PIXELS, "longest_edge": scale * MAX_PIXELS}}
+    return {} if model_type == "llava_onevision" else budget
+
+
+def family(model_type: str) -> Family:
+    """The adapter for the default config of a family, which is that of a published model."""
+    tokenizer = train_tokenizer(TokenizerConfig())
+    adopt_family(tokenizer, model_type)
+    return family_of(AutoConfig.for_model(model_type, **control_token_fields(tokenizer, model_type)), tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +90,12 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (torchvision / "torchvision").is_dir():
         pytest.skip(f"no torchvision in {torchvision}; make env puts one there, SWIM_TORCHVISION names another folder")
     folder = tmp_path_factory.mktemp("stock")
-    for name, (_, _, _, geometry, min_pixels, max_pixels) in CASES.items():
-        frames = frames_of(name)
-        np.savez(folder / f"{name}.case.npz", frames=frames, min_pixels=min_pixels, max_pixels=max_pixels, **geometry)
+    for name, (*shape, geometry, min_pixels, max_pixels) in CASES.items():
+        fields = {**geometry, "size": {"shortest_edge": min_pixels, "longest_edge": max_pixels}}
+        write_case(folder, name, noise(*shape), "Qwen2VLVideoProcessor", fields)
+    for name, shape in CLIPS.items():
+        for model_type, processor in PROCESSORS.items():
+            write_case(folder, f"{name}-{model_type}", noise(*shape), processor, stock_fields(model_type, shape[0]))
     program = Path(__file__).with_name("stock_video_processor.py")
     environment = {**os.environ, "PYTHONPATH": str(torchvision)}
     done = subprocess.run([sys.executable, program, folder], env=environment, capture_output=True, text=True)
@@ -57,12 +105,27 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", CASES)
 def test_patches_equal_the_stock_processors_bit_for_bit(stock, name):
-    _, _, _, geometry, min_pixels, max_pixels = CASES[name]
+    *shape, geometry, min_pixels, max_pixels = CASES[name]
     want = np.load(stock / f"{name}.stock.npz")
-    patches, grid = patchify(frames_of(name), Geometry(**geometry), min_pixels=min_pixels, max_pixels=max_pixels)
-    assert [list(grid)] == want["grid"].tolist()
+    patches, grid = patchify(noise(*shape), Geometry(**geometry), min_pixels=min_pixels, max_pixels=max_pixels)
+    assert [list(grid)] == want["video_grid_thw"].tolist()
     assert patches.dtype == torch.float32
-    assert torch.equal(patches, torch.from_numpy(want["pixels"]))
+    assert torch.equal(patches, torch.from_numpy(want["pixel_values_videos"]))
+
+
+@pytest.mark.parametrize("name", CLIPS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_pixels_of_every_family_equal_its_stock_processors_bit_for_bit(stock, model_type, name):
+    want = np.load(stock / f"{name}-{model_type}.stock.npz")
+    pixels, grid = family(model_type).pixels(noise(*CLIPS[name]), min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
+    expected = torch.from_numpy(want["pixel_values_videos"])
+    if "video_grid_thw" in want:
+        assert [[grid[0], 2 * grid[1], 2 * grid[2]]] == want["video_grid_thw"].tolist()
+    else:
+        side = {"llava_onevision": 14, "internvl": 16}[model_type]
+        assert grid == (CLIPS[name][0], side, side)
+        expected = expected[0]  # of the one clip
+    assert torch.equal(pixels, expected)
 
 
 SIDES = st.integers(1, 3000)
@@ -79,6 +142,20 @@ def test_sizes_equal_the_stock_rule(height, width, cell, cells):
             smart_resize(height, width, cell, *limits)
     else:
         assert smart_resize(height, width, cell, *limits) == stock_smart_resize(height, width, cell, *limits)
+
+
+@given(
+    sides=st.tuples(st.integers(32, 3000), st.integers(32, 3000)),
+    cells=st.tuples(SIDES, SIDES),
+    frames=st.integers(1, 40).map(lambda n: 2 * n),
+)
+@example(sides=(80, 112), cells=(4, 768), frames=6)
+def test_a_budget_per_frame_is_qwen3s_budget_per_clip(sides, cells, frames):
+    """For clips of whole temporal patches whose frames hold at least one cell."""
+    if max(sides) <= 200 * min(sides):
+        limits = [count * 32**2 for count in sorted(cells)]
+        whole = {"min_pixels": frames * limits[0], "max_pixels": frames * limits[1]}
+        assert smart_resize(*sides, 32, *limits) == stock_clip_resize(frames, *sides, factor=32, **whole)
 
 
 def test_an_odd_last_frame_is_repeated():
