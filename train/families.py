@@ -137,10 +137,11 @@ class Qwen3VL(Qwen2VL):
     """Qwen3-VL (arXiv 2511.21631): one run per temporal step, each behind its time as text; every step's positions
     start anew.
 
-    The steps stand in place of the template's framed placeholder, as in the processor's first release and in vLLM;
-    transformers 5.12 and later leave its frame around them (vLLM issue 46817). The pixel budget is one frame's, as for
-    the other families; the stock processor's is the clip's: N times as much for N frames, N even (an odd last frame it
-    counts once more or once less). It also enlarges frames with a side below one cell before it applies the budget.
+    Every step has a pair of start and end tokens, and the template's own pair stays around them all, as transformers
+    writes it since 5.10 and vLLM with it (vLLM issue 46817); earlier releases took that pair away.
+    The pixel budget is a frame's, as in the other families; the stock processor's is a clip's: N times as much for N
+    frames, N even (an odd last frame counts once more or less there). It also enlarges frames with a side below one
+    cell before it applies the budget.
     """
 
     colours = HALF
@@ -148,7 +149,7 @@ class Qwen3VL(Qwen2VL):
     def __init__(self, config: Any, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
         start, end = (_token(tokenizer, i) for i in (config.vision_start_token_id, config.vision_end_token_id))
-        self.template = self._step = f"{start}{self.token}{end}"
+        self._step = f"{start}{self.token}{end}"
 
     def text(self, clip: Clip) -> str:
         """`<1.5 seconds>` and a framed placeholder for every step: the mean time of its first and last frame."""

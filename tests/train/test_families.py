@@ -306,12 +306,7 @@ def test_tokens_equal_the_stock_template_and_processor(shards, model_type, frame
         {"role": "assistant", "content": [{"type": "text", "text": "left"}]},
     ]
     rendered = tokenizer.apply_chat_template(messages, tokenize=False)
-    # Qwen3-VL's steps bring their own frames, see its adapter.
-    placeholder = {
-        "qwen3_vl": "<|vision_start|><|video_pad|><|vision_end|>",
-        "llava_onevision": "<video>",
-        "internvl": "<video>",
-    }.get(model_type, "<|video_pad|>")
+    placeholder = "<|video_pad|>" if model_type in QWEN else "<video>"
     before, after = rendered.split(placeholder)
     want = tokenizer(before + stock_replacement(model_type, clip, frames) + after, add_special_tokens=False).input_ids
     encoded = system.collator.encoder(ask(question, "left"), name="clip", clip=clip)
