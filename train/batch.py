@@ -136,9 +136,11 @@ def make_batch(
         "position_ids": torch.from_numpy(positions if len(positions) > 1 else positions[0]),
         **encoder.family.inputs([clip for row in rows for g in row if (clip := shown[g]) is not None], token_types),
     }
-    if layout.is_padded:
-        lengths = torch.tensor([sum(map(sum, row)) for row in layout.rows])
-        inputs["attention_mask"] = (torch.arange(layout.length) < lengths[:, None]).long()
+    lengths = torch.tensor([sum(map(sum, row)) for row in layout.rows])
+    mask = torch.arange(layout.length) < lengths[:, None]
+    # Beside a layout all ones, which transformers drops; without any it takes restarting positions for packed sequences
+    # and builds an L x L mask, which `attend` has no use for.
+    inputs["attention_mask"] = (mask if layout.is_padded else torch.ones_like(mask)).long()
     table, nouns = _noun_rows(encoded, clips, groups, places, options)
     labels = _labels(encoded, places)
     return Batch(

@@ -524,3 +524,15 @@ def test_the_tokenizer_of_qwen_models_keeps_its_ids(shards):
     for model_type in ("llava_onevision", "internvl"):
         vocabulary = build(shards, model_type).tokenizer.get_vocab()
         assert plain.get_vocab().items() <= vocabulary.items()
+
+
+@families
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_beside_a_layout_no_mask_of_the_whole_sequence_is_built(shards, mixed, model_type, layout):
+    system = build(shards, model_type, *LAYOUTS[layout])
+    model, batch, masks = system.build_model().eval(), system.collator(mixed), []
+    text = model.get_decoder().layers[0].self_attn
+    text.register_forward_pre_hook(lambda _, __, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
+    with torch.no_grad():
+        model(**batch.inputs, capture=Capture(batch.table, LAYERS, layout=batch.layout, detach=True), use_cache=False)
+    assert masks == [None]
