@@ -1,27 +1,24 @@
 """SWIM as a system: a stock video LLM, the capture attention function, the objective and its predictions."""
 
-import difflib
 import math
-import re
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
+from transformers import GenerationConfig
 
-from swim.train.attention import MODEL_KWARG, Capture, enable_checkpointing, register_capture
+from swim.train.attention import MODEL_KWARG, Capture
 from swim.train.batch import Batch, BatchOptions
-from swim.train.config import Config, ConfigError
+from swim.train.config import Config
 from swim.train.encode import ConversationEncoder
-from swim.train.families import FAMILIES, family_of
-from swim.train.lora import add_lora
+from swim.train.families import family_of
+from swim.train.stock import build_stock_model, parameter_groups, tokenizer_and_config
 from swim.train.system import Progress, Request, Term
 from swim.train.systems.swim.config import Config as SwimConfig
 from swim.train.systems.swim.config import resolve_layers
 from swim.train.systems.swim.data import Conversations, SwimBatch, SwimCollator
 from swim.train.systems.swim.objective import noun_maps, swim_loss
-from swim.train.tokenizer import adopt_family, control_token_fields, load_tokenizer, train_tokenizer
 
 MAX_ANSWER_TOKENS = 64
 
@@ -32,15 +29,7 @@ class SwimSystem:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.options = SwimConfig.model_validate({k: v for k, v in config.system.items() if k != "name"})
-        model = config.model
-        if model.path is not None:
-            self.tokenizer = load_tokenizer(model.path)
-            self.model_config = AutoConfig.from_pretrained(model.path)
-        else:
-            assert model.tokenizer is not None  # ModelConfig gives both or neither
-            assert model.config is not None
-            self.tokenizer = train_tokenizer(model.tokenizer)
-            self.model_config = _inline_config(model.config, self.tokenizer)
+        self.tokenizer, self.model_config = tokenizer_and_config(config.model)
         self.layers = resolve_layers(self.options.layers, self.model_config.get_text_config().num_hidden_layers)
         encoder = ConversationEncoder(self.tokenizer, family_of(self.model_config, self.tokenizer))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
@@ -56,44 +45,11 @@ class SwimSystem:
 
     def build_model(self) -> nn.Module:
         """The stock model with capture registered, checkpointing, adapters and frozen parameters set."""
-        source, dtype = self.config.model, getattr(torch, self.config.model.dtype)
-        attention = {"text_config": source.attention, "vision_config": source.attention}
-        if source.path is not None:
-            # safetensors only: other weight files are pickles, which run code when they are read
-            model: Any = AutoModelForImageTextToText.from_pretrained(
-                source.path, dtype=dtype, attn_implementation=attention, use_safetensors=True
-            )
-        else:
-            torch.manual_seed(self.config.run.seed)
-            model = AutoModelForImageTextToText.from_config(
-                self.model_config, dtype=dtype, attn_implementation=attention
-            )
-        register_capture(model)
-        if source.checkpointing:
-            enable_checkpointing(model)
-        if source.lora is not None:
-            torch.manual_seed(self.config.run.seed)  # the adapters' first values, the same on every rank
-            model = add_lora(model, source.lora)
-        for pattern in source.freeze:
-            matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
-            if not matched:
-                example = next(model.named_parameters())[0]
-                raise ConfigError(f"model.freeze: {pattern!r} matches no parameter; names look like {example!r}")
-            for parameter in matched:
-                parameter.requires_grad_(False)
-        return model
+        return build_stock_model(self.config.model, self.model_config, seed=self.config.run.seed)
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Trainable parameters, decayed when they are matrices."""
-        # ZeRO-3 partitions are flat: the number of dimensions is that of the whole parameter.
-        trained = [p for p in model.parameters() if p.requires_grad]
-        matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
-        vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": self.config.optim.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        return [group for group in groups if group["params"]]
+        return parameter_groups(model, self.config.optim.weight_decay)
 
     def loss(self, model: nn.Module, batch: Batch, progress: Progress) -> dict[str, Term]:
         """Text and mask terms of one micro-batch."""
@@ -193,37 +149,6 @@ class SwimSystem:
             ),
         )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)]
-
-
-def _inline_config(fields: dict[str, Any], tokenizer: Any) -> Any:
-    """Config of a model with random weights that fits the tokenizer, to which its family's control tokens are added."""
-    if (kind := fields.get("model_type")) not in FAMILIES:
-        raise ConfigError(f"model.config.model_type: {kind!r} has no family adapter; there are: {', '.join(FAMILIES)}")
-    adopt_family(tokenizer, kind)
-    text, vision = (fields.get(part, {}) for part in ("text_config", "vision_config"))
-    control = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    config = AutoConfig.for_model(
-        **{
-            **fields,
-            **control_token_fields(tokenizer, kind),
-            "text_config": {**text, "vocab_size": len(tokenizer), **control},
-            "vision_config": dict(vision),
-        }
-    )
-    # The vision towers of Qwen-VL end at the text's width themselves; the others have a projector of its own.
-    if width := {"qwen2_vl": "hidden_size", "qwen2_5_vl": "out_hidden_size", "qwen3_vl": "out_hidden_size"}.get(kind):
-        setattr(config.vision_config, width, config.text_config.hidden_size)
-    # transformers keeps whatever it is given: a misspelt key would silently leave the default.
-    for where, given, section in (
-        ("", fields, config),
-        ("text_config.", text, config.text_config),
-        ("vision_config.", vision, config.vision_config),
-    ):
-        known = set(type(section)().to_dict())
-        for key in sorted(set(given) - known):
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0)
-            raise ConfigError(f"model.config.{where}{key}: unknown key; did you mean {near[0]!r}?")
-    return config
 
 
 def build(config: Config) -> SwimSystem:
