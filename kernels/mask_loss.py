@@ -16,7 +16,7 @@ the cells (`frame_sums`) and a little arithmetic on its sums (`mask_loss`). Maps
 layers is then a sum, and no map underflows. fp64 is computed in fp64, everything else in fp32.
 
 Shape suffixes: F frames, N frames of one grid and one mask size, Y X rows and columns of cells or pixels, B bytes of a
-a mask row, U units.
+mask row, U units.
 """
 
 import math
@@ -71,8 +71,9 @@ def mask_loss(sums_F3: Tensor, unit_lengths_U: Tensor, unit_weights_U: Tensor, *
     first_F, second_F, third_F = sums_F3.unbind(-1)
     if kind == "kl":
         # first: sum(c log c - c log m), second: log sum(m), third: sum(c); sums of m are added as logarithms.
-        top_U = torch.segment_reduce(second_F.detach(), "max", lengths=unit_lengths_U)
-        mass_U = _per_unit((second_F - top_U.repeat_interleave(unit_lengths_U)).exp(), unit_lengths_U)
+        top_U = torch.segment_reduce(second_F.detach(), "max", lengths=unit_lengths_U, unsafe=True)
+        top_F = top_U.repeat_interleave(unit_lengths_U, output_size=len(second_F))
+        mass_U = _per_unit((second_F - top_F).exp(), unit_lengths_U)
         covered_U = _per_unit(third_F, unit_lengths_U)
         loss_U = _per_unit(first_F, unit_lengths_U) / covered_U - covered_U.log() + mass_U.log() + top_U
     elif kind in ("bce", "focal"):
@@ -107,7 +108,8 @@ def _sums(log_map_NYX: Tensor, c_NYX: Tensor, kind: LossKind) -> Tensor:
 
 def _per_unit(values_F: Tensor, unit_lengths_U: Tensor) -> Tensor:
     # segment_reduce rather than index_add: no atomics, so two runs on a GPU are bit-equal.
-    return torch.segment_reduce(values_F, "sum", lengths=unit_lengths_U)
+    # `unsafe` leaves out a check of the lengths that would wait for the GPU.
+    return torch.segment_reduce(values_F, "sum", lengths=unit_lengths_U, unsafe=True)
 
 
 def _unknown(kind: str) -> ValueError:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from swim.data_tools.shards import ShardSet
@@ -51,7 +52,8 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
     """Largest absolute difference between two dictionaries of tensors with the same names."""
     assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
+    # numpy's maximum keeps a NaN, Python's max may pass over it.
+    return float(np.max([float((a[name] - b[name]).detach().abs().max()) for name in a]))
 
 
 def family_config(data: Path, model_type: str, *overrides: str) -> Config:

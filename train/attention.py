@@ -4,7 +4,8 @@
 function calls its base backend (sdpa, flash_attention_2, ...) unchanged, piece by piece where the batch is packed or
 shares a prefix (`layout.py`); where a `Capture` travels along as the model kwarg `capture`, it also computes the noun
 maps of the supervised layers with `swim.kernels`. No fork, no patch, no state outside the Capture. Cost per supervised
-layer: N x V x H dot products for N noun rows and V visual keys, one N x V fp32 map kept.
+layer: N x V x H dot products for N noun rows and V visual keys, and one N x V fp32 map; without checkpointing autograd
+also keeps the keys in fp32 and the weights of every head.
 """
 
 from typing import Any
@@ -52,6 +53,8 @@ class Capture:
         flat = noun_attention(q_BHLD, k_BKLD, self.table, scale=scale, backend=self.backend)
         if self._open:
             self._maps[layer] = flat
+        elif torch._C._current_graph_task_id() == -1:  # not a recomputation within the backward pass
+            raise RuntimeError("the maps of this capture were read already: make a new one for every forward call")
 
     def maps(self) -> dict[int, Tensor]:
         """Flat fp32 maps by layer, after the forward; RuntimeError when a layer is missing or a training map has no
@@ -66,11 +69,11 @@ class Capture:
         if dead and not self.detach and torch.is_grad_enabled() and self.table.num_rows:
             raise RuntimeError(
                 f"the maps of layers {dead} carry no gradient, so a loss on them would train nothing: activation "
-                "checkpointing is reentrant, or every parameter below these layers is frozen; use "
-                'gradient_checkpointing_enable({"use_reentrant": False}) or train the attention projections'
+                "checkpointing is reentrant, or nothing below these maps is trained (frozen parameters, no adapters); "
+                'use gradient_checkpointing_enable({"use_reentrant": False}), train the attention projections, or take '
+                "these layers out of the supervised ones"
             )
-        maps, self._maps = self._maps, {}
-        return maps
+        return self._maps
 
 
 class _GradientNorm(torch.autograd.Function):

@@ -106,7 +106,7 @@ def make_batch(
     it makes the vision tower run on every rank in every micro-batch, as ZeRO-3's collectives need. With no
     conversations at all the batch is such a dummy alone.
     """
-    nothing = Encoded(np.array([options.pad_token]), np.array([0]), np.array([IGNORE]), [], answer_start=1, prefix=0)
+    nothing = Encoded(np.array([options.pad_token]), np.array([0]), np.array([IGNORE]), [], 1, prefix=0, blind_nouns=0)
     encoded = [e for _, e, _ in conversations] or [nothing]
     clips: list[Clip | None] = [clip for _, _, clip in conversations] or [None]
     groups = _groups(encoded, clips, options.shared_prefix)
@@ -121,8 +121,9 @@ def make_batch(
     shape = (len(rows), layout.length)
     ids, types = np.full(shape, options.pad_token), np.zeros(shape, dtype=np.int64)
     positions: np.ndarray | None = None
-    for number, (e, place) in enumerate(zip(encoded, places)):
-        own = encoder.family.positions(e.types, next(s for s, g in zip(shown, groups) if number in g))
+    clip_of = [clip for clip, group in zip(shown, groups) for _ in group]
+    for e, place, clip in zip(encoded, places, clip_of):
+        own = encoder.family.positions(e.types, clip)
         positions = np.zeros((len(own), *shape), dtype=np.int64) if positions is None else positions
         for start, end in ((0, place.prefix), (place.prefix, len(e.ids))):
             columns = slice(place.column(start), place.column(start) + end - start)
@@ -153,19 +154,17 @@ def make_batch(
         clips=[clip and replace(clip, pixels=clip.pixels[:0]) for clip in clips],
         ids=[name for name, _, _ in conversations],
         num_tokens=layout.num_tokens,
-        counts={"text": float(len(labels["labels"]))},
+        counts={"text": float(len(labels["labels"])), "blind_nouns": float(_num_blind(encoded, clips))},
         holes=list(holes),
     )
 
 
 def _groups(encoded: Sequence[Encoded], clips: Sequence[Clip | None], shared: bool) -> list[list[int]]:
-    """Conversations by sequence: neighbours about the same clip that are equal up to its end, and say nothing there."""
+    """Conversations by sequence: neighbours about the same clip that are equal up to its end."""
     groups: list[list[int]] = []
     last = None
     for number, (e, clip) in enumerate(zip(encoded, clips)):
-        # A label in the prefix would count once instead of once per conversation.
-        silent = (e.labels[: e.prefix] == IGNORE).all()
-        key = (id(clip), e.ids[: e.prefix].tobytes()) if shared and clip is not None and silent else None
+        key = (id(clip), e.ids[: e.prefix].tobytes()) if shared and clip is not None else None
         if key is not None and key == last:
             groups[-1].append(number)
         else:
@@ -215,7 +214,7 @@ def _noun_rows(
         if clip is None:
             continue
         visual = np.nonzero(encoded[group[0]].types)[0][: clip.num_cells]
-        columns = [place.column(int(token)) for token in visual]
+        columns = (place.start + visual).tolist()
         contiguous = columns[-1] - columns[0] + 1 == len(columns)
         for number in group:
             e = encoded[number]
@@ -226,6 +225,11 @@ def _noun_rows(
                     rows.append(Row(len(keys), places[number].column(token), places[number].ranges(end)))
         keys.append(ClipKeys(place.row, columns[0], clip.grid, None if contiguous else columns))
     return build_work_table(rows, keys, options.scope), nouns
+
+
+def _num_blind(encoded: Sequence[Encoded], clips: Sequence[Clip | None]) -> int:
+    """Nouns that own no rows: those in front of their clip, and all of a conversation without one."""
+    return sum(e.blind_nouns + (len(e.nouns) if clip is None else 0) for e, clip in zip(encoded, clips))
 
 
 def _labels(encoded: Sequence[Encoded], places: Sequence[_Place]) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ class Encoded:
     nouns: list[Noun]
     answer_start: int  # first token of the last answer: what comes before is the prompt
     prefix: int  # tokens up to the end of the clip, which conversations about it may share; 0 without a clip
+    blind_nouns: int  # nouns in front of the clip: they see none of it and own no rows
 
 
 class ConversationEncoder:
@@ -55,6 +56,7 @@ class ConversationEncoder:
             raise ValueError("the tokenizer has no offset mapping (it is not a fast one); load it with use_fast=True")
         self.tokenizer, self.family = tokenizer, family
         self._control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        self._control_ids = frozenset(tokenizer.added_tokens_decoder)
         self._shapes: dict[tuple[Any, ...], str] = {}
 
     def __call__(self, conversation: Conversation, *, name: str, clip: Clip | None) -> Encoded:
@@ -78,6 +80,7 @@ class ConversationEncoder:
         moved = np.cumsum(widths) - widths  # place of every token once the runs are as long as they will be
         labels = np.full_like(ids, IGNORE)
         nouns: list[Noun] = []
+        blind_nouns = 0
         answer_start = len(ids)
         for number, (turn, start) in enumerate(zip(conversation.turns, starts)):
             if turn.role == "assistant":
@@ -94,7 +97,9 @@ class ConversationEncoder:
                     if not len(tokens):
                         raise RecordError(f"{name}: turns[{number}]: the tokenizer gives no token to the noun {head!r}")
                     # A noun before the clip sees none of it: causal attention forbids what a loss on it would train.
-                    if tokens[0] >= prefix:
+                    if tokens[0] < prefix:
+                        blind_nouns += 1
+                    else:
                         objects = tuple(mention.object_ids)
                         places = tuple(moved[tokens].tolist())
                         nouns.append(Noun(0, number, mention.start, mention.end, head, objects, places))
@@ -106,12 +111,15 @@ class ConversationEncoder:
             nouns=nouns,
             answer_start=int(moved[answer_start]) if answer_start < len(ids) else end,
             prefix=int(moved[prefix]) if prefix < len(ids) else end,
+            blind_nouns=blind_nouns,
         )
 
     def clip_tokens(self, clip: Clip) -> tuple[np.ndarray, np.ndarray]:
         """Ids and types of the clip's text alone, framed as the chat template frames it."""
         shape = (True, "user")
-        text = self._shapes.setdefault(shape, self._render_shape(shape))
+        if shape not in self._shapes:
+            self._shapes[shape] = self._render_shape(shape)
+        text = self._shapes[shape]
         at = text.index(self.family.template)
         ids, _ = self._tokenize(text[:at] + self.family.text(clip) + text[at + len(self.family.template) :])
         first, last = np.nonzero(ids == self.family.token_id)[0][[0, -1]]
@@ -175,7 +183,7 @@ class ConversationEncoder:
         return rendered
 
     def _is_control(self, token: np.int64) -> bool:
-        return int(token) in self.tokenizer.added_tokens_decoder
+        return int(token) in self._control_ids
 
     def _refuse_control_tokens(self, text: str, where: str) -> None:
         # A tokenizer turns "<|im_end|>" inside a text into the real token: it would end the turn or claim a video.

@@ -60,7 +60,7 @@ class Supervision:
 
 
 def describe(
-    model: nn.Module,
+    model: nn.Module | Any,
     inputs: Mapping[str, Tensor],
     nouns: Sequence[NounTarget],
     *,
@@ -68,44 +68,31 @@ def describe(
     grids: Mapping[int, tuple[int, int, int]] | None = None,
     **options: Any,
 ) -> Supervision:
-    """Noun rows, visual keys and targets of a padded batch; the other options are those of the `system:` section.
+    """Noun rows, visual keys and targets of a padded batch for a model or its config.
 
-    `grids` gives the token grid (T, h, w) of the clip in each row; models with `video_grid_thw` need none. Raises
-    ValueError for a noun outside its row, a grid that does not fit the row's placeholders, or masks that are not one
+    The other options are those of the `system:` section, save weights: those are your loop's. `grids` gives the token
+    grid (T, h, w) of the clip in each row; models with `video_grid_thw` need none. Raises ValueError for a noun that
+    does not stand behind its row's clip, a grid that does not fit the row's placeholders, or masks that are not one
     list per step.
     """
-    config: Any = model.config
+    if foreign := {"text_weight", "mask_weight", "gradient_every"} & options.keys():
+        raise ValueError(f"{', '.join(sorted(foreign))}: not an option here; weigh the terms where you add them")
+    config: Any = getattr(model, "config", model)
     chosen = Config.model_validate({"layers": layers, **options})
-    if grids is None:
-        grids = _grids(config, inputs)
-    token = getattr(config, "video_token_id", None) or config.image_token_id
-    ids = inputs["input_ids"]
-    seen = inputs.get("attention_mask", torch.ones_like(ids)).cpu()
+    grids = _grids(config, inputs) if grids is None else grids
     ordered = sorted(_reduced(nouns, chosen.subtokens), key=lambda noun: noun.row)
     keys: list[ClipKeys] = []
     rows: list[Row] = []
     for row in sorted({noun.row for noun in ordered}):
         if row not in grids:
             raise ValueError(f"row {row} has nouns but no clip: grids names rows {sorted(grids)}")
-        columns = torch.nonzero(ids[row] == token).flatten().tolist()
-        steps, height, width = grids[row]
-        # LLaVA-OneVision ends a clip with one more placeholder, for its newline.
-        if len(columns) not in (steps * height * width, steps * height * width + 1):
-            raise ValueError(
-                f"row {row} has {len(columns)} placeholder tokens, its grid is {steps}x{height}x{width}; give one clip "
-                "per row and the grid of its merged tokens"
-            )
-        real = torch.nonzero(seen[row]).flatten().tolist()
+        visual, real = _columns(config, inputs, row, grids[row])
         for noun in (noun for noun in ordered if noun.row == row):
-            if len(noun.masks) != steps:
-                raise ValueError(f"a noun of row {row} has masks for {len(noun.masks)} steps, its clip has {steps}")
-            for column in noun.tokens:
+            for column in _checked(noun, grids[row][0], visual[-1], real[-1]):
                 place = column + chosen.row_offset
-                if not real[0] <= place <= real[-1]:
-                    raise ValueError(f"row {row} has tokens in columns {real[0]} to {real[-1]}, a noun reads {place}")
                 end = real[-1] + 1 if chosen.softmax_scope == "full" else place + 1
                 rows.append(Row(len(keys), place, ((real[0], end),)))
-        keys.append(ClipKeys(row, columns[0], grids[row], columns[: steps * height * width]))
+        keys.append(ClipKeys(row, visual[0], grids[row], visual))
     shapes = [grids[noun.row][1:] for noun in ordered]
     coverages = [[_coverage(step, shape) for step in noun.masks] for noun, shape in zip(ordered, shapes)]
     pixels = [noun.masks for noun in ordered] if chosen.mask_side == "pixel" else None
@@ -113,11 +100,42 @@ def describe(
     table = build_work_table(rows, keys, chosen.softmax_scope)
     capture = Capture(table, resolve_layers(chosen.layers, config.get_text_config().num_hidden_layers))
     tokens = tuple(len(noun.tokens) for noun in ordered)
-    return Supervision(capture, chosen, targets, tokens, counts["mask"]).to(ids.device)
+    return Supervision(capture, chosen, targets, tokens, counts["mask"]).to(inputs["input_ids"].device)
+
+
+def _columns(
+    config: Any, inputs: Mapping[str, Tensor], row: int, grid: tuple[int, int, int]
+) -> tuple[list[int], list[int]]:
+    """Columns of the row's visual tokens, and of all its tokens."""
+    token = getattr(config, "video_token_id", None) or config.image_token_id
+    ids = inputs["input_ids"][row]
+    columns = torch.nonzero(ids == token).flatten().tolist()
+    steps, height, width = grid
+    # LLaVA-OneVision ends a clip with one more placeholder, for its newline.
+    if len(columns) not in (steps * height * width, steps * height * width + 1):
+        raise ValueError(
+            f"row {row} has {len(columns)} placeholder tokens, its grid is {steps}x{height}x{width}; give one clip per "
+            "row and the grid of its merged tokens"
+        )
+    mask = inputs["attention_mask"][row] if "attention_mask" in inputs else torch.ones_like(ids)
+    return columns[: steps * height * width], torch.nonzero(mask).flatten().tolist()
+
+
+def _checked(noun: NounTarget, steps: int, clip_end: int, row_end: int) -> Sequence[int]:
+    if len(noun.masks) != steps:
+        raise ValueError(f"a noun of row {noun.row} has masks for {len(noun.masks)} steps, its clip has {steps}")
+    # In front of the clip causal attention sees none of it, and what a loss trained there would never be used.
+    if not noun.tokens or not clip_end < min(noun.tokens) <= max(noun.tokens) <= row_end:
+        raise ValueError(
+            f"row {noun.row} has its clip up to column {clip_end} and tokens up to column {row_end}; a noun has tokens "
+            f"{list(noun.tokens)}, which must lie between"
+        )
+    return noun.tokens
 
 
 def mask_loss(supervision: Supervision) -> Tensor:
-    """Mean mask loss of the batch's nouns after the forward call, a scalar; 0 when none is supervised.
+    """Mean mask loss of the batch's nouns after the forward call, a scalar; 0 without a gradient when none is
+    supervised (`supervision.count` is 0).
 
     RuntimeError when the maps are missing or carry no gradient in training.
     """
@@ -134,9 +152,10 @@ def assert_supervised(loss: Tensor, model: nn.Module) -> None:
     value = float(loss.detach())
     if not loss.requires_grad:
         raise AssertionError(
-            f"the loss is {value:.4g} but carries no gradient: it would be logged and train nothing. Reentrant "
-            'activation checkpointing does this to captured tensors; use {"use_reentrant": False}, or attach the loss '
-            "to the attention output (examples/reentrant_gradient_loss.py)"
+            f"the loss is {value:.4g} but carries no gradient: it would be logged and train nothing. Either the batch "
+            "has no supervised noun, or activation checkpointing is reentrant, which does this to captured tensors: "
+            'use {"use_reentrant": False}, or attach the loss to the attention output '
+            "(examples/reentrant_gradient_loss.py)"
         )
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, [p for _, p in named], retain_graph=True, allow_unused=True)

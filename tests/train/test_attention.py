@@ -6,6 +6,7 @@ import torch
 from tiny import gradients, largest_difference, make_batch, make_data, requests, tiny_config
 from torch import nn
 
+from swim.kernels.noun_attention import noun_attention
 from swim.train.attention import Capture, enable_checkpointing, register_capture
 from swim.train.system import Progress, Request, build_system
 from swim.train.systems.swim.data import SwimBatch
@@ -63,6 +64,48 @@ def test_maps_equal_eager_attention(shards, scope):
     for layer in LAYERS:
         assert got[layer].dtype == torch.float32
         torch.testing.assert_close(got[layer], want[layer], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, -1])
+def test_causal_scope_is_eager_attention_itself(shards, offset):
+    system, model = build(shards, "system.softmax_scope=causal", f"system.row_offset={offset}")
+    batch = make_batch(system, shards, [0, 1, 2])
+    capture = Capture(batch.table, LAYERS)
+    model(**batch.inputs, use_cache=False, capture=capture)
+    got = capture.maps()
+    model.set_attn_implementation({"text_config": "eager"})
+    attentions = model(**batch.inputs, use_cache=False, output_attentions=True).attentions
+    for layer in LAYERS:
+        rows = []
+        for noun in batch.nouns:
+            visual = batch.inputs["mm_token_type_ids"][noun.conversation] == 2
+            rows += [attentions[layer][noun.conversation, :, t + offset, visual].mean(0) for t in noun.tokens]
+        torch.testing.assert_close(got[layer], torch.cat(rows), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("offset", [0, -1])
+def test_full_scope_is_the_softmax_over_all_tokens_of_the_conversation(shards, offset, monkeypatch):
+    system, model = build(shards, "system.softmax_scope=full", f"system.row_offset={offset}")
+    batch = make_batch(system, shards, [0, 1, 2])
+    seen = []
+
+    def spy(q, k, table, *, scale, backend):
+        seen.append((q.detach(), k.detach(), scale))
+        return noun_attention(q, k, table, scale=scale, backend=backend)
+
+    monkeypatch.setattr("swim.train.attention.noun_attention", spy)
+    capture = Capture(batch.table, LAYERS)
+    model(**batch.inputs, use_cache=False, capture=capture)
+    for flat, (q, k, scale) in zip(capture.maps().values(), seen, strict=True):
+        rows = []
+        for noun in batch.nouns:
+            row = noun.conversation
+            real, visual = batch.inputs["attention_mask"][row].bool(), batch.inputs["mm_token_type_ids"][row] == 2
+            for token in noun.tokens:
+                scores = torch.einsum("hd,hld->hl", q[row, :, token + offset], k[row].repeat_interleave(2, 0)) * scale
+                weights = scores.masked_fill(~real, -torch.inf).softmax(-1)  # later tokens too, padding never
+                rows.append(weights[:, visual].mean(0))
+        torch.testing.assert_close(flat, torch.cat(rows), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -56,18 +57,22 @@ class SwimCollator:
         """Batch of encoded conversations with the masks of each one's sample."""
         chosen = [(name, replace(e, nouns=self._nouns(e.nouns)), clip) for name, e, clip in conversations]
         batch = make_batch(chosen, self.encoder, self.options, holes=holes)
-        clips = [batch.clips[noun.conversation] for noun in batch.nouns]
-        coverages = tuple(
-            self._coverages(noun, masks[noun.conversation], clip) for noun, clip in zip(batch.nouns, clips)
-        )
-        pixels = None
-        if self.config.mask_side == "pixel":
-            pixels = [
-                [step_masks(noun.object_ids, masks[noun.conversation], frames, clip.grid[1:]) for frames in clip.frames]
-                for noun, clip in zip(batch.nouns, clips)
-                if clip is not None
-            ]
-        grids = [clip.grid[1:] for clip in clips if clip is not None]
+        on_pixels = self.config.mask_side == "pixel"
+        # Nouns of the same objects, such as the sub-tokens of one, share their targets' decoding.
+        found: dict[Any, tuple[tuple[np.ndarray | None, ...], list[list[np.ndarray]]]] = {}
+        keys, grids = [], []
+        for noun in batch.nouns:
+            clip, of_clip = batch.clips[noun.conversation], masks[noun.conversation]
+            assert clip is not None  # only conversations with a clip own nouns
+            grids.append(clip.grid[1:])
+            keys.append((id(of_clip), noun.object_ids))
+            if keys[-1] not in found:
+                place = (noun.object_ids, of_clip)
+                coverage = tuple(step_coverage(*place, frames, grids[-1]) for frames in clip.frames)
+                frame_masks = [step_masks(*place, frames, grids[-1]) for frames in clip.frames] if on_pixels else []
+                found[keys[-1]] = coverage, frame_masks
+        coverages = tuple(found[key][0] for key in keys)
+        pixels = [found[key][1] for key in keys] if on_pixels else None
         targets, counts = build_targets(coverages, grids, self.config, masks=pixels)
         fields = {**batch.__dict__, "counts": {**batch.counts, **counts}}
         return SwimBatch(**fields, targets=targets, coverages=coverages)
@@ -75,7 +80,9 @@ class SwimCollator:
     def _nouns(self, nouns: Sequence[Noun]) -> list[Noun]:
         if self.config.subtokens == "each":
             return [replace(noun, tokens=(token,)) for noun in nouns for token in noun.tokens]
-        return [replace(noun, tokens=noun.tokens[-1:]) for noun in nouns] if self.config.subtokens == "last" else list(nouns)
+        if self.config.subtokens == "last":
+            return [replace(noun, tokens=noun.tokens[-1:]) for noun in nouns]
+        return list(nouns)
 
     def encode(self, request: Request) -> tuple[Conversations, list[Hole]]:
         """The request's conversations as tokens, and a hole for each that cannot become any."""
@@ -129,10 +136,6 @@ class SwimCollator:
             seconds_per_step=per_step * spacing / media.fps,
             fps=media.fps,
         )
-
-    def _coverages(self, noun: Noun, masks: Masks, clip: Clip | None) -> tuple[np.ndarray | None, ...]:
-        assert clip is not None  # only rows with a clip own nouns
-        return tuple(step_coverage(noun.object_ids, masks, frames, clip.grid[1:]) for frames in clip.frames)
 
 
 def _hole(sample: Sample, name: str, error: Exception) -> Hole:

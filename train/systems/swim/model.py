@@ -41,6 +41,9 @@ class SwimSystem:
             row_offset=self.options.row_offset,
         )
         self.collator = SwimCollator(encoder, config.data, options, self.options)
+        # A noun has one map when it is looked at, however many terms it has in training; and no losses are computed.
+        whole = self.options.model_copy(update={"subtokens": "mean", "mask_side": "grid"})
+        self._predicting = SwimCollator(encoder, config.data, options, whole)
         self._captures: list[Capture] = []
 
     def build_model(self) -> nn.Module:
@@ -73,10 +76,10 @@ class SwimSystem:
         return squares
 
     def summarise(self, totals: dict[str, float], num_ranks: int) -> dict[str, float]:
-        """Share of the nouns that carry a mask loss, and the gradient norms of the weighted mask loss."""
+        """Share of all nouns that carry a mask loss, and the gradient norms of the weighted mask loss."""
         # The engine's factor undone: the gradient of the logged loss, whatever the number of ranks.
         norms = {k: math.sqrt(v) / num_ranks for k, v in totals.items() if k.startswith("mask_grad/")}
-        return {"supervised_share": totals["supervised_nouns"] / max(totals["nouns"], 1.0), **norms}
+        return {"supervised_share": totals["supervised_nouns"] / max(totals["nouns"] + totals["blind_nouns"], 1.0), **norms}
 
     @torch.no_grad()
     def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:
@@ -86,7 +89,7 @@ class SwimSystem:
         if not conversations:
             return failed
         device = next(model.parameters()).device
-        batch = self.collator.assemble(conversations, [request.sample.masks] * len(conversations)).to(device)
+        batch = self._predicting.assemble(conversations, [request.sample.masks] * len(conversations)).to(device)
         capture = Capture(batch.table, self.layers, layout=batch.layout, detach=True)
         model(**batch.inputs, use_cache=False, logits_to_keep=1, **{MODEL_KWARG: capture})
         maps = noun_maps(capture.maps(), batch)
