@@ -11,7 +11,7 @@ import pytest
 import torch
 from processes import TINY, finish, kill, metrics, run, start
 from safetensors import safe_open
-from tiny import largest_difference, make_data
+from tiny import family_config, largest_difference, make_data
 from transformers import AutoModelForImageTextToText
 
 from swim.data_tools.records import Conversation, Record, Turn
@@ -47,6 +47,10 @@ def mixed(tmp_path_factory) -> Path:
     system = build_system(base)
     system.build_model().save_pretrained(folder / "base")
     system.tokenizer.save_pretrained(folder / "base")
+    for model_type in ("qwen2_vl", "qwen3_vl"):
+        system = build_system(family_config(folder, model_type))
+        system.build_model().save_pretrained(folder / model_type)
+        system.tokenizer.save_pretrained(folder / model_type)
     adam = {"torch_adam": True, "eps": EPSILON}
     engine = {"zero_optimization": PARTITION_ALL, "optimizer": {"type": "AdamW", "params": adam}}
     (folder / "engine.json").write_text(json.dumps(engine))
@@ -64,9 +68,16 @@ def from_base(mixed: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "layout", [(), ("data.packed=true", "model.checkpointing=true")], ids=["shared", "packed-checkpointed"]
+    ("base", "layout"),
+    [
+        ("base", ()),
+        ("base", ("data.packed=true", "model.checkpointing=true")),
+        ("qwen2_vl", ("system.layers=[0, 2]",)),
+        ("qwen3_vl", ("system.layers=[0, 2]",)),
+    ],
+    ids=["shared", "packed-checkpointed", "qwen2_vl", "qwen3_vl"],
 )
-def test_two_ranks_equal_a_plain_torch_loop(mixed, tmp_path, layout):
+def test_two_ranks_equal_a_plain_torch_loop(mixed, tmp_path, base, layout):
     """The ranks share prefixes; the plain loop has one padded sequence for every conversation."""
     # Three packs on two ranks: rank 1 fills its second micro-batch with a dummy pack.
     options = arguments(
@@ -78,6 +89,7 @@ def test_two_ranks_equal_a_plain_torch_loop(mixed, tmp_path, layout):
         "optim.lr=2e-4",
         "system.gradient_every=0",
         *layout,
+        f"model.path={mixed / base}",
     )
     run(options, cwd=tmp_path)
 
@@ -111,12 +123,12 @@ def test_two_ranks_equal_a_plain_torch_loop(mixed, tmp_path, layout):
             assert line[f"loss/{name}"] == pytest.approx(sums[name] / max(counts[name], 1), abs=2e-5)
         assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
         assert line["count/mask"] == counts["mask"]
-    files = [folder / "model.safetensors" for folder in (mixed / "base", tmp_path / "runs" / "two" / "model")]
-    with safe_open(files[0], "pt") as base, safe_open(files[1], "pt") as saved:
-        assert base.keys() == saved.keys(), "the names of the base's own file"
+    files = [folder / "model.safetensors" for folder in (mixed / base, tmp_path / "runs" / "two" / "model")]
+    with safe_open(files[0], "pt") as before, safe_open(files[1], "pt") as saved:
+        assert before.keys() == saved.keys(), "the names of the base's own file"
     trained = parameters(stock(tmp_path / "runs" / "two" / "model"))
     assert largest_difference(parameters(model), trained) < 1e-5
-    assert largest_difference(parameters(stock(mixed / "base")), trained) > 5e-4, "training must move the weights"
+    assert largest_difference(parameters(stock(mixed / base)), trained) > 5e-4, "training must move the weights"
 
 
 def stock(folder: Path) -> torch.nn.Module:
