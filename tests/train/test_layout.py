@@ -196,14 +196,7 @@ def test_the_flash_path_makes_one_varlen_call_and_equals_separate_sequences(shar
     separate, system = build(shards, *SEPARATE), build(shards, *LAYOUTS[layout])
     oracle, model = separate.build_model().train(), system.build_model().train()
     model.load_state_dict(oracle.state_dict())
-    model.model.language_model.config._attn_implementation = "flash_attention_2"
-    monkeypatch.setattr(
-        type(model),
-        "set_attn_implementation",
-        lambda model, names: [
-            setattr(model.config.get_text_config(), "_attn_implementation", name) for name in names.values()
-        ],
-    )
+    model.config.get_text_config()._attn_implementation_internal = "flash_attention_2"
     assert register_capture(model) == "swim_flash_attention_2"
     want, got = outcome(separate, oracle, mixed)[1], outcome(system, model, mixed)[1]
     assert set(asked) == {"flash_attention_2"}, "the kernels are asked for by the base's name, not by ours"
