@@ -21,8 +21,9 @@ from swim.train.demo import HELD_OUT_SEED, launch
 
 METRICS = ("accuracy", "pointing", "mass", "ap", "auc")
 RELEASE = ("softmax_scope", "row_offset", "subtokens", "layer_fusion", "fused_norm", "map_scale", "mask_side", "loss")
+SFT = "sft (no mask loss)"
 VARIANTS: dict[str, list[str]] = {
-    "sft (no mask loss)": ["system.mask_weight=0"],
+    SFT: ["system.mask_weight=0"],
     "default (kl, frame scope)": [],
     "mask_weight 0.2": ["system.mask_weight=0.2"],
     "softmax_scope clip": ["system.softmax_scope=clip"],
@@ -39,6 +40,14 @@ VARIANTS: dict[str, list[str]] = {
     ],
     "loss dice, map_scale max": ["system.loss=dice", "system.map_scale=max"],
 }
+# Adapters on the seed's own plain fine-tuned model, whose maps do not bind.
+LORA = [
+    "model.config=null",
+    "model.tokenizer=null",
+    "model.lora={rank: 16, alpha: 32}",
+    "optim.lr=3e-3",
+    "run.steps=500",
+]
 
 
 def release() -> list[str]:
@@ -48,10 +57,16 @@ def release() -> list[str]:
     return [f"system.{name}={options[name]}" for name in names]
 
 
+def folder(out: Path, variant: str, seed: int) -> Path:
+    """Run folder of a variant and seed."""
+    return out / f"{''.join(c if c.isalnum() else '_' for c in variant)}_seed{seed}"
+
+
 def train_and_score(out: Path, variant: str, overrides: list[str], seed: int, steps: int) -> dict[str, float]:
     """Headline metrics of one run."""
-    name = f"{''.join(c if c.isalnum() else '_' for c in variant)}_seed{seed}"
-    run = out / name
+    run, name = folder(out, variant, seed), folder(out, variant, seed).name
+    if "model.config=null" in overrides:
+        overrides = [*overrides, f"model.path={folder(out, SFT, seed) / 'model'}"]
     common = ["launch.ranks=1", f"run.steps={steps}", f"run.seed={seed}", f"run.output={out}", f"run.name={name}"]
     data = [f"data.train=[{out / 'train'}]", "data.synth=null"]
     if launch(["--config", "tiny_cpu", *common, *data, *overrides], out / f"{name}.log") or not run.exists():
@@ -96,10 +111,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/options"))
     arguments = parser.parse_args()
     out = arguments.out.resolve()
-    for folder, clips, seed in (("train", 1000, 1), ("held_out", 48, HELD_OUT_SEED)):
-        if not any((out / folder).glob("*.tar")):
-            synthesise(out / folder, clips=clips, seed=seed)
+    for name, clips, seed in (("train", 1000, 1), ("held_out", 48, HELD_OUT_SEED)):
+        if not any((out / name).glob("*.tar")):
+            synthesise(out / name, clips=clips, seed=seed)
     variants = {**VARIANTS, "release (recipes/swim_7b_release.yaml)": release()}
+    variants["sft, then LoRA of rank 16 for 500 steps"] = LORA
     # Seeds first: a run that is stopped early has every variant with fewer seeds.
     work = [(variant, seed) for seed in arguments.seeds for variant in variants]
     scores: dict[str, dict[int, dict[str, float]]] = {variant: {} for variant in variants}
