@@ -69,7 +69,9 @@ def train_and_score(out: Path, variant: str, overrides: list[str], seed: int, st
         overrides = [*overrides, f"model.path={folder(out, SFT, seed) / 'model'}"]
     common = ["launch.ranks=1", f"run.steps={steps}", f"run.seed={seed}", f"run.output={out}", f"run.name={name}"]
     data = [f"data.train=[{out / 'train'}]", "data.synth=null"]
-    if launch(["--config", "tiny_cpu", *common, *data, *overrides], out / f"{name}.log") or not run.exists():
+    command = ["--config", "tiny_cpu", *common, *data, *overrides]
+    done = run / "done.json"
+    if not done.exists() and (launch(command, out / f"{name}.log") or not done.exists()):
         raise RuntimeError(f"{variant}, seed {seed} failed; see {out / name}.log")
     if not (run / "results.json").exists():
         command = [sys.executable, "-m", "swim.train.cli", "evaluate", str(run), "--data", str(out / "held_out")]
