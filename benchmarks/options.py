@@ -46,7 +46,7 @@ LORA = [
     "model.tokenizer=null",
     "model.lora={rank: 16, alpha: 32}",
     "optim.lr=3e-3",
-    "run.steps=500",
+    "run.steps=800",
 ]
 
 
@@ -117,7 +117,7 @@ def main() -> None:
         if not any((out / name).glob("*.tar")):
             synthesise(out / name, clips=clips, seed=seed)
     variants = {**VARIANTS, "release (recipes/swim_7b_release.yaml)": release()}
-    variants["sft, then LoRA of rank 16 for 500 steps"] = LORA
+    variants["sft, then LoRA of rank 16 for 800 steps"] = LORA
     # Seeds first: a run that is stopped early has every variant with fewer seeds.
     work = [(variant, seed) for seed in arguments.seeds for variant in variants]
     scores: dict[str, dict[int, dict[str, float]]] = {variant: {} for variant in variants}
