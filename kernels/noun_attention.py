@@ -9,20 +9,37 @@ conversation, later tokens too (the release's); such a map sums to less than 1. 
 and ragged, so they are returned flat: `table.map_sizes[n]` values for row n. No L x L matrix and no per-head map of
 text rows ever exists.
 
+`noun_attention_reference` is the specification and what runs on a CPU; `noun_attention_triton.py` has the same as
+Triton kernels (a file of its own, because CPU torch brings no Triton and decorators need it at import), registered
+here as the operator `swim::noun_attention`.
+
 Shape suffixes: B batch, H query heads, K kv heads, G = H / K, L sequence, D head dim, N rows, V keys of a clip, C
-clips, S keys in a clip's softmax ranges.
+clips, S keys in a clip's softmax ranges, I items.
 """
 
+import logging
+import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple, get_args
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 Scope = Literal["frame", "clip", "causal", "full"]
-Backend = Literal["auto", "torch"]
+Backend = Literal["auto", "triton", "torch"]
+
+HAS_TRITON = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors, slowly: for tests
+# A segment of up to SPLIT_KEYS keys is the work of one program; a longer one is cut, into MAX_SPLITS at most: every
+# split costs a partial dq, N x H x D in fp32.
+SPLIT_KEYS, MAX_SPLITS = 1024, 16
+
+_log = logging.getLogger(__name__)
+_logged: set[str] = set()
 
 
 class Row(NamedTuple):
@@ -54,6 +71,11 @@ class WorkTable:
     key_index: Tensor | None  # (sum V,) int64, sequence positions of scattered keys; then `first key` points into it
     row_ranges: Tensor | None  # (N, 4) int64 in causal and full scope: two [first, last) column ranges of the softmax
     clip_range: tuple[tuple[int, int], ...]  # per clip: columns that hold its keys and the ranges of all its rows
+    clips: Tensor  # (C, 8) int64: the four tuples again, so that an operator, which takes tensors, can have them
+    items: Tensor  # (I, 11) int64, see `_work_items`
+    row_parts: Tensor  # (N, 5) int64, see `_work_items`
+    sizes: tuple[int, ...]  # map values, statistics, most rows, keys and splits of any item
+    unfit: str | None  # why Triton cannot take this table
 
     @property
     def num_rows(self) -> int:
@@ -107,6 +129,12 @@ def build_work_table(rows: Sequence[Row], clips: Sequence[ClipKeys], scope: Scop
         if scattered:
             index.extend(clip.positions if clip.positions is not None else range(clip.start, clip.start + num_keys))
     ranges = [[bound for span in (*row.ranges, (0, 0))[:2] for bound in span] for row in rows]
+    queries = [(clips[row.clip].batch, row.position) for row in rows]
+    table = [
+        (*of_rows, *of_keys, segments, *span)
+        for of_rows, of_keys, segments, span in zip(clip_rows, clip_keys, clip_segments, clip_range)
+    ]
+    items, parts, sizes = _work_items(table, queries, wide=wide)
     return WorkTable(
         row_batch=torch.tensor([clips[clip].batch for clip in clip_of_row], dtype=torch.int64),
         row_position=torch.tensor([row.position for row in rows], dtype=torch.int64),
@@ -116,7 +144,71 @@ def build_work_table(rows: Sequence[Row], clips: Sequence[ClipKeys], scope: Scop
         key_index=torch.tensor(index, dtype=torch.int64) if scattered else None,
         row_ranges=torch.tensor(ranges, dtype=torch.int64).view(-1, 4) if wide else None,
         clip_range=tuple(clip_range),
+        clips=torch.tensor(table, dtype=torch.int64).view(-1, 8),
+        items=torch.tensor(items, dtype=torch.int64).view(-1, 11),
+        row_parts=torch.tensor(parts, dtype=torch.int64).view(-1, 5),
+        sizes=sizes,
+        unfit=_unfit(clips, table, wide=wide),
     )
+
+
+def _work_items(
+    table: Sequence[tuple[int, ...]], queries: Sequence[tuple[int, int]], *, wide: bool
+) -> tuple[list[tuple[int, ...]], list[list[int]], tuple[int, ...]]:
+    """Items, row parts and sizes of a WorkTable; an item is all rows of a clip on at most a program's worth of keys.
+
+    Item: batch row; first row, number of rows; first key, number of keys (as in `clip_keys`; columns in the wider
+    scopes); place of the clip's maps in the flat map, place of the first key in a row's map, V; place of the item's
+    statistics, one for each row; which split of its segment, of how many. Items of a clip follow each other, so row n
+    has statistics at `first`, `first + step`, ... `count` times. Row part: whether no earlier row is the same query,
+    the next row that is (or -1), first, step, count.
+    """
+    align = SPLIT_KEYS // 8  # a whole number of blocks
+    items: list[tuple[int, ...]] = []
+    parts: list[list[int]] = []
+    map_size = num_stats = 0
+    for first_row, last_row, batch, first_key, num_keys, segments, lo, hi in table:
+        num_rows, first_stat = last_row - first_row, num_stats
+        start, total = (lo, hi - lo) if wide else (first_key, num_keys)
+        size = total // segments if num_rows and segments else 0
+        splits = min(-(-size // SPLIT_KEYS), MAX_SPLITS)
+        step = size if splits == 1 else -(-size // max(splits, 1) // align) * align
+        for segment in range(start, start + total, size) if size else ():
+            keys = range(segment, segment + size, step)
+            for split, key in enumerate(keys):
+                span = (key, min(step, segment + size - key))
+                shown = (map_size, key - first_key, num_keys)
+                items.append((batch, first_row, num_rows, *span, *shown, num_stats, split, len(keys)))
+                num_stats += num_rows
+        count = (num_stats - first_stat) // max(num_rows, 1)
+        parts += [[1, -1, first_stat + row, num_rows, count] for row in range(num_rows)]
+        map_size += num_rows * num_keys
+    last: dict[tuple[int, int], int] = {}
+    for row, query in enumerate(queries):
+        if query in last:
+            parts[last[query]][1], parts[row][0] = row, 0
+        last[query] = row
+    most = (max((item[column] for item in items), default=0) for column in (2, 4, 10))
+    return items, parts, (map_size, num_stats, *most)
+
+
+def _unfit(clips: Sequence[ClipKeys], table: Sequence[tuple[int, ...]], *, wide: bool) -> str | None:
+    """Why the Triton kernels cannot take a table: each key's gradient is written by one program alone."""
+    spans = []
+    for clip, (first_row, last_row, _, first_key, num_keys, _, lo, hi) in zip(clips, table):
+        if first_row == last_row or not (hi - lo if wide else num_keys):
+            continue
+        if clip.positions is None:
+            spans.append((clip.batch, lo, hi) if wide else (clip.batch, first_key, first_key + num_keys))
+        elif wide:
+            return "scattered keys in causal or full scope"
+        elif len(set(clip.positions)) < num_keys:
+            return "a key that stands twice in a clip"
+        else:
+            spans.append((clip.batch, min(clip.positions), max(clip.positions) + 1))
+    if any(a[0] == b[0] and a[2] > b[1] for a, b in pairwise(sorted(spans))):
+        return "clips whose keys interleave"
+    return None
 
 
 def noun_attention_reference(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, scale: float) -> Tensor:
@@ -150,16 +242,169 @@ def noun_attention_reference(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, s
     return torch.cat(maps) if maps else q_BHLD.new_zeros(0, dtype=dtype)
 
 
+def _from_clips(clips: Tensor, row_position: Tensor, key_index: Tensor | None, row_ranges: Tensor | None) -> WorkTable:
+    """What the reference reads of a table, from the tensors that travel through an operator."""
+    lines = clips.tolist()
+    return WorkTable(
+        row_batch=row_position,
+        row_position=row_position,
+        clip_rows=tuple((line[0], line[1]) for line in lines),
+        clip_keys=tuple((line[2], line[3], line[4]) for line in lines),
+        clip_segments=tuple(line[5] for line in lines),
+        key_index=key_index,
+        row_ranges=row_ranges,
+        clip_range=tuple((line[6], line[7]) for line in lines),
+        clips=clips,
+        items=clips,
+        row_parts=clips,
+        sizes=(),
+        unfit=None,
+    )
+
+
+@torch.library.custom_op("swim::noun_attention", mutates_args=())
+def _forward_op(
+    q_BHLD: Tensor,
+    k_BKLD: Tensor,
+    clips: Tensor,
+    items: Tensor,
+    row_batch: Tensor,  # noqa: ARG001 - saved for the backward pass
+    row_position: Tensor,
+    row_parts: Tensor,  # noqa: ARG001
+    key_index: Tensor | None,
+    row_ranges: Tensor | None,
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Flat maps, and the log-sum-exp of every item, row and head that the backward pass needs."""
+    if q_BHLD.device.type == "cpu" and not INTERPRETED:
+        table = _from_clips(clips, row_position, key_index, row_ranges)
+        flat = noun_attention_reference(q_BHLD, k_BKLD, table, scale)
+        return flat, flat.new_zeros(sizes[1], q_BHLD.shape[1])
+    from swim.kernels import noun_attention_triton
+
+    return noun_attention_triton.forward(
+        q_BHLD, k_BKLD, items, row_position, key_index, row_ranges, sizes=sizes, scale=scale
+    )
+
+
+@_forward_op.register_fake
+def _(q_BHLD: Tensor, k_BKLD: Tensor, clips: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    map_size, num_stats, *_ = args[-2]
+    empty = q_BHLD.new_empty(0, dtype=torch.float32)
+    return empty.new_empty(map_size), empty.new_empty(num_stats, q_BHLD.shape[1])
+
+
+@torch.library.custom_op("swim::noun_attention_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    q_BHLD: Tensor,
+    k_BKLD: Tensor,
+    stats: Tensor,
+    clips: Tensor,
+    items: Tensor,
+    row_batch: Tensor,
+    row_position: Tensor,
+    row_parts: Tensor,
+    key_index: Tensor | None,
+    row_ranges: Tensor | None,
+    sizes: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of q and k, full size."""
+    if q_BHLD.device.type == "cpu" and not INTERPRETED:
+        table = _from_clips(clips, row_position, key_index, row_ranges)
+        with torch.enable_grad():
+            q_BHLD, k_BKLD = (x.detach().requires_grad_() for x in (q_BHLD, k_BKLD))
+            flat = noun_attention_reference(q_BHLD, k_BKLD, table, scale)
+        dq, dk = torch.autograd.grad(flat, (q_BHLD, k_BKLD), grad, materialize_grads=True)
+        return dq, dk
+    from swim.kernels import noun_attention_triton
+
+    return noun_attention_triton.backward(
+        grad,
+        q_BHLD,
+        k_BKLD,
+        stats,
+        items,
+        row_batch,
+        row_position,
+        row_parts,
+        key_index,
+        row_ranges,
+        sizes=sizes,
+        scale=scale,
+    )
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, q_BHLD: Tensor, k_BKLD: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    return torch.empty_like(q_BHLD), torch.empty_like(k_BKLD)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q_BHLD, k_BKLD, *tensors, ctx.sizes, ctx.scale = inputs
+    ctx.save_for_backward(q_BHLD, k_BKLD, output[1], *tensors)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+    dq, dk = _backward_op(grad, *ctx.saved_tensors, ctx.sizes, ctx.scale)
+    return dq, dk, *[None] * 9
+
+
+_forward_op.register_autograd(_gradients, setup_context=_save)
+
+
+def unsupported(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable) -> str | None:
+    """Why the Triton kernels cannot take this call; None if they can."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if q_BHLD.device.type != "cuda" and not INTERPRETED:
+        return f"tensors on device {q_BHLD.device.type!r}"
+    if q_BHLD.dtype != k_BKLD.dtype or q_BHLD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"dtypes {q_BHLD.dtype} and {k_BKLD.dtype}"
+    if q_BHLD.shape[3] > 256:
+        return f"head_dim {q_BHLD.shape[3]} above 256"
+    if q_BHLD.shape[1] > 64 * k_BKLD.shape[1]:
+        return f"{q_BHLD.shape[1] // k_BKLD.shape[1]} query heads per kv head, more than 64"
+    return table.unfit
+
+
 def noun_attention(
     q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, *, scale: float, backend: Backend = "auto"
 ) -> Tensor:
     """Head-mean attention maps of the table's rows, flat fp32 (sum of map sizes,), differentiable in q (B,H,L,D) and k
     (B,K,L,D); fp64 for fp64.
 
-    Raises ValueError for shapes that do not fit and for an unknown backend. Source: SWIM Eq. 5 (arXiv 2605.18018).
+    Raises ValueError for shapes that do not fit, for an unknown backend, and under `triton` for what its kernels cannot
+    do; `auto` then takes torch and says so once. Source: SWIM Eq. 5 (arXiv 2605.18018).
     """
     if q_BHLD.shape[1] % k_BKLD.shape[1]:
         raise ValueError(f"{q_BHLD.shape[1]} query heads are not a multiple of {k_BKLD.shape[1]} kv heads")
-    if backend not in ("auto", "torch"):
-        raise ValueError(f"noun_attention backend is {backend!r}; use 'auto' or 'torch'")
-    return noun_attention_reference(q_BHLD, k_BKLD, table, scale)
+    if backend not in get_args(Backend):
+        raise ValueError(f"noun_attention backend is {backend!r}; use one of {', '.join(get_args(Backend))}")
+    # A CPU never takes Triton by itself: there its kernels only run in the interpreter.
+    if backend == "torch" or (backend == "auto" and q_BHLD.device.type != "cuda"):
+        return noun_attention_reference(q_BHLD, k_BKLD, table, scale)
+    if reason := unsupported(q_BHLD, k_BKLD, table):
+        if backend == "triton":
+            raise ValueError(f"noun_attention has no Triton kernel for {reason}; use backend 'auto' or 'torch'")
+        if not torch.compiler.is_compiling() and reason not in _logged:
+            _logged.add(reason)
+            _log.warning("noun_attention runs in torch, not in Triton: %s", reason)
+        return noun_attention_reference(q_BHLD, k_BKLD, table, scale)
+    flat, _ = _forward_op(
+        q_BHLD,
+        k_BKLD,
+        table.clips,
+        table.items,
+        table.row_batch,
+        table.row_position,
+        table.row_parts,
+        table.key_index,
+        table.row_ranges,
+        table.sizes,
+        scale,
+    )
+    return flat

@@ -164,7 +164,7 @@ def test_a_table_moves_as_a_whole():
         moved = build_work_table(rows, clips).to("meta")
         assert isinstance(moved, WorkTable)
         tensors = [value for value in vars(moved).values() if isinstance(value, Tensor)]
-        assert len(tensors) == (2 if clips is CLIPS else 3)
+        assert len(tensors) == (5 if clips is CLIPS else 6)
         assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
@@ -185,7 +185,7 @@ def test_errors_name_what_is_wrong():
         build_work_table(ROWS, CLIPS, "video")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"scope 'full' needs one or two key ranges for every row, got Row\(clip=0"):
         build_work_table(ROWS, CLIPS, "full")
-    with pytest.raises(ValueError, match=r"backend is 'cuda'; use 'auto' or 'torch'"):
+    with pytest.raises(ValueError, match=r"backend is 'cuda'; use one of auto, triton, torch"):
         noun_attention(q, k, table, scale=SCALE, backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"3 query heads are not a multiple of 2 kv heads"):
         noun_attention(q[:, :3], k, table, scale=SCALE)
