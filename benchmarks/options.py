@@ -2,9 +2,9 @@
 
     python benchmarks/options.py [--steps 300] [--seeds 0 1 2] [--jobs 1] [--out runs/options]
 
-Every variant is a real run of launch/train.sh on one rank that differs from recipes/tiny_cpu.yaml in the overrides
-below alone. Writes benchmarks/results/options.json and the table docs/options.md; runs that are finished are not
-repeated. About 90 seconds a run on one core.
+Every variant is a real run of launch/train.sh on one rank that differs from recipes/tiny_cpu.yaml in its weights (1/1)
+and in the overrides below alone. Writes benchmarks/results/options.json and the table docs/options.md; runs that are
+finished are not repeated. About 90 seconds a run on one core.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def train_and_score(out: Path, variant: str, overrides: list[str], seed: int, st
     if "model.config=null" in overrides:
         overrides = [*overrides, f"model.path={folder(out, SFT, seed) / 'model'}"]
     common = ["launch.ranks=1", f"run.steps={steps}", f"run.seed={seed}", f"run.output={out}", f"run.name={name}"]
-    data = [f"data.train=[{out / 'train'}]", "data.synth=null"]
+    data = [f"data.train=[{out / 'train'}]", "data.synth=null", "system.mask_weight=1"]
     command = ["--config", "tiny_cpu", *common, *data, *overrides]
     done = run / "done.json"
     if not done.exists() and (launch(command, out / f"{name}.log") or not done.exists()):

@@ -22,8 +22,8 @@ ALL_TASKS = "data.tasks=null"
 def tiny_config(data: Path, *overrides: str) -> Config:
     """The tiny recipe over the shards in `data`: two supervised layers, a row per conversation as eager attention
     needs, no rendering of its own."""
-    fixed = [f"data.train=[{data}]", "data.synth=null", "data.shared_prefix=false", "system.layers=[1, 3]"]
-    return load_config("tiny_cpu", [*fixed, *overrides])
+    fixed = [f"data.train=[{data}]", "data.synth=null", "data.shared_prefix=false"]
+    return load_config("tiny_cpu", [*fixed, "system.layers=[1, 3]", "system.mask_weight=1", *overrides])
 
 
 def make_data(folder: Path, clips: int = 8, seed: int = 3) -> ShardSet:

@@ -32,9 +32,9 @@ def test_results_hold_both_arms(short):
         assert results[arm]["peak_memory_mib"] > 100
         assert results[arm]["coverage"]["expected"] == results[arm]["coverage"]["scored"] == 12
         config = yaml.safe_load((short / arm / "config.yaml").read_text())
-        assert config["system"]["mask_weight"] == (0.0 if arm == "sft" else 1.0)
+        assert config["system"]["mask_weight"] == (0.0 if arm == "sft" else 0.2)
         assert json.loads((short / arm / "done.json").read_text())["ranks"] == 2
-    assert results["protocol"]["systems"]["supervised"]["mask_weight"] == 1.0
+    assert results["protocol"]["systems"]["supervised"]["mask_weight"] == 0.2
     assert {"value", "interval", "excludes_zero"} <= results["difference"]["pointing"].keys()
     assert "data:image/png;base64" in (short / "report.html").read_text()
 
