@@ -3,7 +3,9 @@ others."""
 
 import json
 import re
+from operator import itemgetter
 
+import numpy as np
 import pytest
 import yaml
 from processes import environment, finish, start
@@ -64,7 +66,14 @@ def test_predictions_are_kept_and_belong_to_data_and_weights(short, tmp_path):
     failed = json.dumps({"id": json.loads(lines[0])["id"], "clip": "x", "error": "disk"})
     path.write_text("\n".join([failed, *lines[1:-1], lines[-1][:50]]))
     again, _ = predict(run, data)
-    assert sorted(again.read_text().splitlines()) == sorted(lines)
+    redone, wanted = (
+        sorted(map(json.loads, text.splitlines()), key=itemgetter("id")) for text in (again.read_text(), before)
+    )
+    # A conversation that is predicted without its neighbours stands in another sequence: equal but for rounding.
+    for got, want in zip(redone, wanted, strict=True):
+        maps = [np.array([noun.pop("map") for noun in line["nouns"]]) for line in (got, want)]
+        assert got == want
+        np.testing.assert_allclose(*maps, atol=1e-5)
     other = make_data(tmp_path / "other", clips=2, seed=9)
     elsewhere, _ = predict(run, other.folder)
     assert elsewhere != path
