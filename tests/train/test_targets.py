@@ -153,7 +153,7 @@ STEPS = [cells(*LEFT), None, np.zeros(GRID), cells(*MIDDLE) / 2]  # shown, not a
 
 
 WIDE = ["clip", "causal", "full"]
-NO_COUNTS = {"mask": 0, "supervised_nouns": 0, "nouns": 0, "absent_steps": 0, "unannotated_steps": 0}
+NO_COUNTS = {"blind_nouns": 0, "mask": 0, "supervised_nouns": 0, "nouns": 0, "absent_steps": 0, "unannotated_steps": 0}
 
 
 @pytest.mark.parametrize("kind", ["kl", "bce", "dice", "focal", "iou"])
