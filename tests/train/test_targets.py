@@ -153,7 +153,7 @@ STEPS = [cells(*LEFT), None, np.zeros(GRID), cells(*MIDDLE) / 2]  # shown, not a
 
 
 WIDE = ["clip", "causal", "full"]
-NO_COUNTS = {"blind_nouns": 0, "mask": 0, "supervised_nouns": 0, "nouns": 0, "absent_steps": 0, "unannotated_steps": 0}
+NO_COUNTS = {"mask": 0, "supervised_nouns": 0, "nouns": 0, "absent_steps": 0, "unannotated_steps": 0}
 
 
 @pytest.mark.parametrize("kind", ["kl", "bce", "dice", "focal", "iou"])
@@ -330,7 +330,14 @@ def test_coverage_follows_the_sampled_frames(tmp_path):
     np.testing.assert_allclose(first, cells(*LEFT))
     np.testing.assert_allclose(second, cells(*RIGHT))
     np.testing.assert_allclose(third, 0 * cells(*LEFT))
-    assert batch.counts == NO_COUNTS | {"text": 2, "mask": 1, "supervised_nouns": 1, "nouns": 1, "absent_steps": 1}
+    assert batch.counts == NO_COUNTS | {
+        "blind_nouns": 0,
+        "text": 2,
+        "mask": 1,
+        "supervised_nouns": 1,
+        "nouns": 1,
+        "absent_steps": 1,
+    }
     expect(batch.targets, [[(0, first)], [(16, second)]])
     assert batch.clips[0].seconds_per_step == pytest.approx(2 * 2 / 4)  # two frames apart by two quarter seconds
 
