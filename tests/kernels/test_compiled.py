@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swim.kernels import noun_attention as module
-from swim.kernels.noun_attention import ClipKeys, Row, build_work_table
+from swim.kernels.noun_attention import ClipKeys, Row, WorkTable, build_work_table
 
 INTERPRETED = module.INTERPRETED
 needs_triton = pytest.mark.skipif(not module.HAS_TRITON, reason="Triton is not installed")
