@@ -383,15 +383,45 @@ def unsupported(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable) -> str | None:
     return table.unfit
 
 
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose gradient is passed on as it is: every rank has the sum and computes the same loss from it, so
+    what reaches this rank is the whole gradient already."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:  # noqa: ARG004
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+
 def noun_attention(
-    q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, *, scale: float, backend: Backend = "auto"
+    q_BHLD: Tensor,
+    k_BKLD: Tensor,
+    table: WorkTable,
+    *,
+    scale: float,
+    backend: Backend = "auto",
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Tensor:
     """Head-mean attention maps of the table's rows, flat fp32 (sum of map sizes,), differentiable in q (B,H,L,D) and k
     (B,K,L,D); fp64 for fp64.
 
+    With a `group` (sequence parallelism by heads, as Ulysses has it) q and k hold this rank's H of the group's heads,
+    the same number on every rank, and all of the sequence; the maps are those of all heads, the same on every rank. The
+    loss is then to be computed on every rank and counts once: gradients are d(loss)/d(this rank's q and k), not P
+    times that, so those of parameters, and of a kv head that several ranks hold, are to be summed over the ranks.
     Raises ValueError for shapes that do not fit, for an unknown backend, and under `triton` for what its kernels cannot
-    do; `auto` then takes torch and says so once. Source: SWIM Eq. 5 (arXiv 2605.18018).
+    do; `auto` then takes torch and says so once. Sources: SWIM Eq. 5 (arXiv 2605.18018), Ulysses (arXiv 2309.14509).
     """
+    flat = _local_mean(q_BHLD, k_BKLD, table, scale, backend)
+    return flat if group is None else _SumOverRanks.apply(flat / group.size(), group)
+
+
+def _local_mean(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, scale: float, backend: Backend) -> Tensor:
     if q_BHLD.shape[1] % k_BKLD.shape[1]:
         raise ValueError(f"{q_BHLD.shape[1]} query heads are not a multiple of {k_BKLD.shape[1]} kv heads")
     if backend not in get_args(Backend):

@@ -33,9 +33,10 @@ class Capture:
         detach: bool = False,
         measure: bool = False,
         backend: Backend = "auto",
+        group: "torch.distributed.ProcessGroup | None" = None,  # ranks among which the heads are divided
     ) -> None:
         self.table, self.layers, self.detach, self.measure, self.backend = table, layers, detach, measure, backend
-        self.layout = layout
+        self.layout, self.group = layout, group
         self.layout_cache: dict[Any, Any] = {}  # masks, shared by the layers
         # layer -> (2,) squared norms of d(mask loss)/dq and /dk, filled by the backward pass
         self.gradient_squares: dict[int, Tensor] = {}
@@ -50,7 +51,7 @@ class Capture:
         elif self.measure:
             q_BHLD = _GradientNorm.apply(q_BHLD, self.gradient_squares, layer, 0)
             k_BKLD = _GradientNorm.apply(k_BKLD, self.gradient_squares, layer, 1)
-        flat = noun_attention(q_BHLD, k_BKLD, self.table, scale=scale, backend=self.backend)
+        flat = noun_attention(q_BHLD, k_BKLD, self.table, scale=scale, backend=self.backend, group=self.group)
         if self._open:
             self._maps[layer] = flat
         elif torch._C._current_graph_task_id() == -1:  # not a recomputation within the backward pass

@@ -89,9 +89,9 @@ def test_full_scope_is_the_softmax_over_all_tokens_of_the_conversation(shards, o
     batch = make_batch(system, shards, [0, 1, 2])
     seen = []
 
-    def spy(q, k, table, *, scale, backend):
+    def spy(q, k, table, *, scale, **options):
         seen.append((q.detach(), k.detach(), scale))
-        return noun_attention(q, k, table, scale=scale, backend=backend)
+        return noun_attention(q, k, table, scale=scale, **options)
 
     monkeypatch.setattr("swim.train.attention.noun_attention", spy)
     capture = Capture(batch.table, LAYERS)
@@ -106,6 +106,20 @@ def test_full_scope_is_the_softmax_over_all_tokens_of_the_conversation(shards, o
                 weights = scores.masked_fill(~real, -torch.inf).softmax(-1)  # later tokens too, padding never
                 rows.append(weights[:, visual].mean(0))
         torch.testing.assert_close(flat, torch.cat(rows), atol=1e-5, rtol=1e-5)
+
+
+def test_the_ranks_among_which_heads_are_divided_reach_the_kernel(shards, monkeypatch):
+    system, model = build(shards)
+    batch = make_batch(system, shards, [0])
+    seen = []
+
+    def spy(*args, group, **options):
+        seen.append(group)
+        return noun_attention(*args, **options)
+
+    monkeypatch.setattr("swim.train.attention.noun_attention", spy)
+    model(**batch.inputs, use_cache=False, capture=Capture(batch.table, LAYERS, group="ranks"))
+    assert seen == ["ranks"] * len(LAYERS)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
