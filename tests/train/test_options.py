@@ -177,7 +177,7 @@ def unit_loss(m: list[Tensor], c: list[float], kind: str) -> Tensor:
     total = 0.0
     for j in cells:
         # The two documented clamps: scaled maps contain exact zeros and ones.
-        log_m, log_rest = m[j].clamp(min=1e-30).log(), (1 - m[j]).clamp(min=1e-6).log()
+        log_m, log_rest = m[j].clamp(min=1e-30).log(), (1 - m[j]).clamp(min=2.0**-20).log()
         if kind == "bce":
             total = total - c[j] * log_m - (1 - c[j]) * log_rest
         else:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from swim.data_tools.records import Masks, Rle
 from swim.data_tools.rle import encode_mask
+from swim.kernels.mask_loss import scale_frames
 from swim.train import attention
 from swim.train.attention import MODEL_KWARG
 from swim.train.config import load_config
 from swim.train.systems.swim.config import Config, resolve_layers
-from swim.train.systems.swim.objective import fuse_layers, scale_steps, swim_loss
+from swim.train.systems.swim.objective import fuse_layers, swim_loss
 from swim.train.systems.swim.targets import build_targets, step_coverage, step_masks
 
 
@@ -145,7 +146,7 @@ def test_the_releases_epsilons_flatten_its_map_and_ours_peaks_at_one(spread):
     rows = list(maps.values())
     exact, flattened = release_maps(rows, grid, eps=0.0), release_maps(rows, grid, eps=1e-6)
     (log_map,) = fuse_layers(maps, [num_cells], [1], config.layer_fusion)
-    ours = scale_steps((log_map - log_map.logsumexp(0)).view(grid), config.map_scale).exp()
+    ours = scale_frames((log_map - log_map.logsumexp(0)).view(grid), config.map_scale).exp()
     assert torch.stack(rows).prod(0).sum() < 1e-12
     assert flattened.max() < 1e-6, "a mask of ones cannot be reached, whatever the row looks at"
     assert exact.amax((1, 2)).tolist() == pytest.approx([1.0] * 16)
@@ -154,5 +155,5 @@ def test_the_releases_epsilons_flatten_its_map_and_ours_peaks_at_one(spread):
     # Also in the fp32 that training uses, where the product itself underflows.
     single = {layer: flat.float() for layer, flat in maps.items()}
     (log_map,) = fuse_layers(single, [num_cells], [1], config.layer_fusion)
-    ours = scale_steps((log_map - log_map.logsumexp(0)).view(grid), config.map_scale).exp()
+    ours = scale_frames((log_map - log_map.logsumexp(0)).view(grid), config.map_scale).exp()
     torch.testing.assert_close(ours, exact.float(), atol=1e-4, rtol=0)

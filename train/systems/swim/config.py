@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from swim.kernels.backend import Backend
+from swim.kernels.mask_loss import LossKind, MapScale
 from swim.train.config import ConfigError, Section
 
 Fusion = Literal["mean", "sum", "max", "product"]
-MapScale = Literal["none", "minmax", "max"]
 
 _LAYER_RULE = re.compile(r"(even|last):([1-9][0-9]*)|all")
 
@@ -33,7 +34,7 @@ class Config(Section):
     """Scaling of every temporal step of the fused map: none, to [0, 1] (minmax, the release's), or to a peak of 1."""
     mask_side: Literal["grid", "pixel"] = "grid"
     """Where map meets mask: on cells with their mean coverage, or upsampled on each mask's own pixels (the paper's)."""
-    loss: Literal["kl", "bce", "dice", "focal", "iou"] = "kl"
+    loss: LossKind = "kl"
     """Mask loss; kl is provisional until ablated at scale (the paper's is bce)."""
     loss_mean: Literal["noun", "unit"] = "noun"
     """What weighs the same: every noun, or every temporal step (pixel side: frame) of every noun (the release's)."""
@@ -41,6 +42,8 @@ class Config(Section):
     """Weight of the answer tokens' mean cross-entropy."""
     mask_weight: float = Field(1.0, ge=0)
     """Weight of the mean mask loss; 0 is plain fine-tuning, with the mask loss still measured."""
+    backend: Backend = "auto"
+    """Implementation of maps and pixel-side loss: Triton on CUDA where it can and else torch (auto), or only one."""
     gradient_every: int = Field(10, ge=0)
     """Steps between measurements of the mask loss's own gradient at q and k; 0 never measures."""
 

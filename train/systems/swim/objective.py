@@ -1,7 +1,7 @@
 """SWIM's objective: answer cross-entropy plus the mask loss of noun attention (arXiv 2605.18018, Eq. 5-7).
 
     total = text_weight * sum_tokens CE / tokens + mask_weight * sum_units w L(map, target) / count
-    map   = scale_step( normalise_clip( fuse_layers( mean_tokens A ) ) )
+    map   = scale_frame( normalise_clip( fuse_layers( mean_tokens A ) ) )
 
 The count is that of nouns (w shares each among its units) or of units (w = 1), see `targets.build_targets`. Both means
 are over the whole optimizer step: this module returns sums, the loop divides by counts. Maps are logarithms from the
@@ -17,13 +17,9 @@ from torch import Tensor, nn
 from swim.kernels.mask_loss import MIN_PROBABILITY, frame_sums, mask_loss
 from swim.train.attention import MODEL_KWARG, Capture
 from swim.train.system import Term
-from swim.train.systems.swim.config import Config, Fusion, MapScale
+from swim.train.systems.swim.config import Config, Fusion
 from swim.train.systems.swim.data import SwimBatch
 from swim.train.systems.swim.targets import Targets
-
-# Cells that differ by less than this share of the step's peak count as equal (fp32 knows a share of 6e-8): such a map
-# ranks no cell above another, so min-max makes it 0, without a gradient.
-MIN_SPREAD = 1e-6
 
 
 def noun_maps(maps: Mapping[int, Tensor], batch: SwimBatch) -> list[Tensor]:
@@ -52,21 +48,6 @@ def fuse_layers(
     return fused
 
 
-def scale_steps(log_map_NYX: Tensor, scale: MapScale) -> Tensor:
-    """Logarithm of each step's map scaled to [0, 1] (`minmax`; 0 becomes MIN_PROBABILITY) or to a peak of 1 (`max`);
-    gradients flow through both ends."""
-    if scale == "none":
-        return log_map_NYX
-    log_share_NYX = log_map_NYX - log_map_NYX.amax((1, 2), keepdim=True)
-    if scale == "max":
-        return log_share_NYX
-    share_NYX = log_share_NYX.exp()
-    low_N11 = share_NYX.amin((1, 2), keepdim=True)
-    spread_N11 = 1 - low_N11
-    above_NYX = torch.where(spread_N11 > MIN_SPREAD, share_NYX - low_N11, 0.0)
-    return (above_NYX / spread_N11.clamp_min(MIN_SPREAD)).clamp_min(MIN_PROBABILITY).log()
-
-
 def mask_term(
     maps: Mapping[int, Tensor],
     row_sizes: Sequence[int],
@@ -86,8 +67,17 @@ def mask_term(
     for group in targets.groups.values():
         height, width = group.grid
         cells = group.starts[:, None] + torch.arange(height * width, device=flat.device)
-        log_map_NYX = scale_steps(flat[cells].unflatten(1, (height, width)), config.map_scale)
-        sums.append(frame_sums(log_map_NYX, group.target, kind=config.loss, size=group.size))
+        log_map_NYX = flat[cells].unflatten(1, (height, width))
+        sums.append(
+            frame_sums(
+                log_map_NYX,
+                group.target,
+                kind=config.loss,
+                size=group.size,
+                scale=config.map_scale,
+                backend=config.backend,
+            )
+        )
     return mask_loss(torch.cat(sums)[targets.order], targets.unit_lengths, targets.unit_weights, kind=config.loss)
 
 
@@ -97,7 +87,14 @@ def swim_loss(
     """Text and mask terms of one micro-batch; `measure` notes the mask loss's gradient norms in the returned
     Capture."""
     supervise = config.mask_weight > 0
-    capture = Capture(batch.table, layers, layout=batch.layout, detach=not supervise, measure=measure and supervise)
+    capture = Capture(
+        batch.table,
+        layers,
+        layout=batch.layout,
+        detach=not supervise,
+        measure=measure and supervise,
+        backend=config.backend,
+    )
     output = model(**batch.inputs, use_cache=False, logits_to_keep=batch.label_columns, **{MODEL_KWARG: capture})
     logits = output.logits[batch.label_rows, batch.label_slots].float()
     text = nn.functional.cross_entropy(logits, batch.labels, reduction="sum")

@@ -1,0 +1,27 @@
+"""Runs the `test_interpreted_*` of a file in Triton's interpreter, which has to be chosen before Triton is imported."""
+
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from swim.kernels.backend import HAS_TRITON, INTERPRETED
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
+
+
+def run_interpreted(file: str) -> None:
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and np.__version__ >= "2.4":
+        pytest.skip("Triton 3.6's interpreter takes int() of an array, which numpy 2.4 refuses")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreted", file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert re.search(r"\d\d passed", done.stdout), done.stdout[-500:]
