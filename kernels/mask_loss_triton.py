@@ -97,32 +97,39 @@ def _offset(peak, SCALE: tl.constexpr):
 
 
 @triton.jit
-def _term(share, inside, offset, size, KIND: tl.constexpr):
-    """A pixel's term of the loss's first sum, without what `slope_kernel` adds or multiplies once for a frame, and its
-    slope at the share; `size` is exp(offset)."""
-    if KIND == "dice" or KIND == "iou":
-        term = tl.where(inside, share, 0.0)
-        slope = tl.where(inside, 1.0, 0.0)
-    elif KIND == "kl":
-        term = tl.where(inside, -tl.log(share), 0.0)
-        slope = tl.where(inside, -1 / share, 0.0)
-    else:
+def _true_side(share, inside, above_floor, size, KIND: tl.constexpr, SCALE: tl.constexpr):
+    """What a map of exp(offset) = `size` gives to a pixel's true side, as a share inside the mask and as 1 - m outside
+    (1 for kl); the slope of its logarithm at the share; and what rounding took from the logarithm of 1 - m."""
+    if KIND == "kl":
+        chosen = tl.where(inside, share, 1.0)
+        inverse = _inverse(chosen)
+        return chosen, tl.where(inside & above_floor, inverse, 0.0), 0.0 * share
+    m = share
+    if SCALE == "none":
         m = share * size
-        capped = tl.minimum(m, 1 - MIN_COMPLEMENT)
-        complement = 1 - capped
-        chosen = tl.where(inside, share, complement)
-        inverse = 1 / chosen
-        # log1p(-m): the second term gives back what rounding took from 1 - m.
-        log = tl.log(chosen) + tl.where(inside, 0.0, (1 - complement) - capped) * inverse
-        log_slope = tl.where(inside, inverse, tl.where(m <= 1 - MIN_COMPLEMENT, -size * inverse, 0.0))
-        term, slope = -log, -log_slope
-        if KIND == "focal":
-            log += tl.where(inside, offset, 0.0)
-            wrong = tl.where(inside, 1 - m, m)
-            balance = tl.where(inside, FOCAL_ALPHA, 1 - FOCAL_ALPHA)
-            term = -balance * wrong * wrong * log  # gamma is 2
-            slope = -balance * (wrong * wrong * log_slope + 2 * wrong * log * tl.where(inside, -size, size))
-    return term, slope
+    capped = tl.minimum(m, 1 - MIN_COMPLEMENT)
+    complement = 1 - capped
+    chosen = tl.where(inside, share, complement)
+    inverse = _inverse(chosen)
+    falling = -inverse
+    if SCALE == "none":
+        falling = -size * inverse
+    slope = tl.where(inside, tl.where(above_floor, inverse, 0.0), tl.where(capped == m, falling, 0.0))
+    return chosen, slope, tl.where(inside, 0.0, (1 - complement) - capped) * inverse
+
+
+@triton.jit
+def _inverse(x):
+    """1 / x of positive numbers; a division takes four times the instructions."""
+    root = tl.math.rsqrt(x)
+    return root * root
+
+
+@triton.jit
+def _mantissa(x):
+    """A positive number's mantissa in [1, 2) and the bits of its exponent."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True), bits >> 23
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "height", "width", "row_bytes"])
@@ -152,22 +159,46 @@ def pixel_kernel(
     bottom = _scaled(tl.exp(tl.load(below + left, mask=real, other=0.0) - peak), low, SCALE)[:, None] * (1 - fx)
     bottom += _scaled(tl.exp(tl.load(below + right, mask=real, other=0.0) - peak), low, SCALE)[:, None] * fx
 
+    step = bottom - top
     top_slope = tl.zeros((PATCHES, PIXELS), tl.float32)
     bottom_slope = tl.zeros((PATCHES, PIXELS), tl.float32)
     terms = tl.zeros((PATCHES, PIXELS), tl.float32)
     covered = tl.zeros((PATCHES, PIXELS), tl.float32)
-    for y in range(_first_pixel(down, rows, height), _first_pixel(down + 1, rows, height)):
+    # A sum of logarithms is the logarithm of a product, of which the exponent is taken off at every factor.
+    product = tl.full((PATCHES, PIXELS), 1.0, tl.float32)
+    exponents = tl.zeros((PATCHES, PIXELS), tl.int32)
+    first_y, last_y = _first_pixel(down, rows, height), _first_pixel(down + 1, rows, height)
+    for y in range(first_y, last_y):
         fy = _fraction(y, down, rows, height)
-        interpolated = top * (1 - fy) + bottom * fy
+        interpolated = top + fy * step
         share = tl.maximum(interpolated, MIN_PROBABILITY)
         byte = tl.load(packed + y * row_bytes + x // 8, mask=live, other=0).to(tl.int32)
         inside = ((byte >> (x % 8)) & 1) == 1
-        term, slope = _term(share, inside, offset, size, KIND)
-        slope = tl.where(interpolated >= MIN_PROBABILITY, slope, 0.0)
-        top_slope += slope * (1 - fy)
-        bottom_slope += slope * fy
-        terms += term
-        covered += tl.where(inside, 1.0, 0.0)
+        if KIND == "dice" or KIND == "iou":
+            slope = tl.where(inside, 1.0, 0.0)
+            terms += tl.where(inside, share, 0.0)
+            covered += slope
+        else:
+            above_floor = interpolated >= MIN_PROBABILITY
+            chosen, log_slope, lost = _true_side(share, inside, above_floor, size, KIND, SCALE)
+            if KIND == "focal":
+                m = share * size
+                wrong = tl.where(inside, 1 - m, m)
+                log = tl.log(chosen) + lost + tl.where(inside, offset, 0.0)
+                turn = tl.where(inside, tl.where(above_floor, -size, 0.0), size)
+                weight = tl.where(inside, FOCAL_ALPHA, 1 - FOCAL_ALPHA) * wrong  # gamma is 2
+                terms -= weight * wrong * log
+                slope = -weight * (wrong * log_slope + 2 * log * turn)
+            else:
+                product, exponent = _mantissa(product * chosen)
+                exponents += exponent - 127
+                terms -= lost
+                slope = -log_slope
+                if KIND == "kl" or SCALE == "none":
+                    covered += tl.where(inside, 1.0, 0.0)
+        bottom_slope += fy * slope
+        top_slope += (1 - fy) * slope
+    terms -= tl.log(product) + exponents * 0.6931471805599453
 
     plane = (rows + 1) * (columns + 1)
     line = parts + frame * PARTS * plane + down * (columns + 1) + across
@@ -318,8 +349,11 @@ def pixel_sums(log_map_NYX: Tensor, packed_NHB: Tensor, width: int, kind: str, s
     cells = min(CELL_BLOCK, triton.next_power_of_2(rows * columns))
     grid = (frames, rows + 1, triton.cdiv(columns + 1, patches))
     sizes = (rows, columns, height, width)
-    options = {"KIND": kind, "SCALE": scale, "CELLS": cells, "num_warps": 4, "enable_fp_fusion": True}
+    # maxnreg: else ptxas spills a few bytes to fit one more program on a processor.
+    options = {"KIND": kind, "SCALE": scale, "CELLS": cells, "maxnreg": 255, "enable_fp_fusion": True}
     with torch.cuda.device_of(log_map_NYX):
-        pixel_kernel[grid](log_map_NYX, packed_NHB, parts, *sizes, row_bytes, PATCHES=patches, PIXELS=pixels, **options)
-        slope_kernel[(frames,)](log_map_NYX, parts, sums, slopes, *sizes, **options)
+        pixel_kernel[grid](
+            log_map_NYX, packed_NHB, parts, *sizes, row_bytes, PATCHES=patches, PIXELS=pixels, num_warps=4, **options
+        )
+        slope_kernel[(frames,)](log_map_NYX, parts, sums, slopes, *sizes, num_warps=8, **options)
     return sums, slopes
