@@ -69,7 +69,9 @@ class WorkTable:
     clip_rows: tuple[tuple[int, int], ...]  # per clip: [first row, last row)
     clip_keys: tuple[tuple[int, int, int], ...]  # per clip: batch row, first key, number of keys V
     clip_segments: tuple[int, ...]  # per clip: number of equal segments its keys are cut into
-    key_index: Tensor | None  # (sum V,) int64, sequence positions of scattered keys; then `first key` points into it
+    # int64, with scattered keys: (sum V,) their sequence positions, into which `first key` then points; in the wider
+    # scopes behind them, for every column in `clip_range`, its place in the clip's maps or -1
+    key_index: Tensor | None
     row_ranges: Tensor | None  # (N, 4) int64 in causal and full scope: two [first, last) column ranges of the softmax
     clip_range: tuple[tuple[int, int], ...]  # per clip: columns that hold its keys and the ranges of all its rows
     clips: Tensor  # (C, 8) int64: the four tuples again, so that an operator, which takes tensors, can have them
@@ -135,7 +137,13 @@ def build_work_table(rows: Sequence[Row], clips: Sequence[ClipKeys], scope: Scop
         (*of_rows, *of_keys, segments, *span)
         for of_rows, of_keys, segments, span in zip(clip_rows, clip_keys, clip_segments, clip_range)
     ]
-    items, parts, sizes = _work_items(table, queries, wide=wide)
+    origins = [line[3] for line in table]
+    if wide and scattered:
+        for number, (_, _, _, first_key, num_keys, _, lo, hi) in enumerate(table):
+            origins[number] = lo - len(index)
+            slots = dict(zip(index[first_key : first_key + num_keys], range(num_keys)))
+            index.extend(slots.get(column, -1) for column in range(lo, hi))
+    items, parts, sizes = _work_items(table, queries, origins, wide=wide)
     return WorkTable(
         row_batch=torch.tensor([clips[clip].batch for clip in clip_of_row], dtype=torch.int64),
         row_position=torch.tensor([row.position for row in rows], dtype=torch.int64),
@@ -154,12 +162,13 @@ def build_work_table(rows: Sequence[Row], clips: Sequence[ClipKeys], scope: Scop
 
 
 def _work_items(
-    table: Sequence[tuple[int, ...]], queries: Sequence[tuple[int, int]], *, wide: bool
+    table: Sequence[tuple[int, ...]], queries: Sequence[tuple[int, int]], origins: Sequence[int], *, wide: bool
 ) -> tuple[list[tuple[int, ...]], list[list[int]], tuple[int, ...]]:
     """Items, row parts and sizes of a WorkTable; an item is all rows of a clip on at most a program's worth of keys.
 
     Item: batch row; first row, number of rows; first key, number of keys (as in `clip_keys`; columns in the wider
-    scopes); place of the clip's maps in the flat map, place of the first key in a row's map, V; place of the item's
+    scopes); place of the clip's maps in the flat map, place of the first key in a row's map, counted from the clip's
+    `origin` (with scattered keys in the wider scopes, place in `key_index` of that place), V; place of the item's
     statistics, one for each row; which split of its segment, of how many. Items of a clip follow each other, so row n
     has statistics at `first`, `first + step`, ... `count` times. Row part: whether no earlier row is the same query,
     the next row that is (or -1), first, step, count.
@@ -168,7 +177,7 @@ def _work_items(
     items: list[tuple[int, ...]] = []
     parts: list[list[int]] = []
     map_size = num_stats = 0
-    for first_row, last_row, batch, first_key, num_keys, segments, lo, hi in table:
+    for (first_row, last_row, batch, first_key, num_keys, segments, lo, hi), origin in zip(table, origins):
         num_rows, first_stat = last_row - first_row, num_stats
         start, total = (lo, hi - lo) if wide else (first_key, num_keys)
         size = total // segments if num_rows and segments else 0
@@ -178,7 +187,7 @@ def _work_items(
             keys = range(segment, segment + size, step)
             for split, key in enumerate(keys):
                 span = (key, min(step, segment + size - key))
-                shown = (map_size, key - first_key, num_keys)
+                shown = (map_size, key - origin, num_keys)
                 items.append((batch, first_row, num_rows, *span, *shown, num_stats, split, len(keys)))
                 num_stats += num_rows
         count = (num_stats - first_stat) // max(num_rows, 1)
@@ -195,18 +204,14 @@ def _work_items(
 
 def _unfit(clips: Sequence[ClipKeys], table: Sequence[tuple[int, ...]], *, wide: bool) -> str | None:
     """Why the Triton kernels cannot take a table: each key's gradient is written by one program alone."""
-    if wide and any(clip.positions is not None for clip in clips):
-        return "scattered keys in causal or full scope"
     spans = []
     for clip, (first_row, last_row, _, _, num_keys, _, lo, hi) in zip(clips, table):
         if first_row == last_row or not (hi - lo if wide else num_keys):
             continue
-        if clip.positions is None:
-            spans.append((clip.batch, lo, hi) if wide else (clip.batch, clip.start, clip.start + num_keys))
-        elif len(set(clip.positions)) < num_keys:
+        places = clip.positions if clip.positions is not None else range(clip.start, clip.start + num_keys)
+        if len(set(places)) < num_keys:
             return "a key that stands twice in a clip"
-        else:
-            spans.append((clip.batch, min(clip.positions), max(clip.positions) + 1))
+        spans.append((clip.batch, lo, hi) if wide else (clip.batch, min(places), max(places) + 1))
     if any(a[0] == b[0] and a[2] > b[1] for a, b in pairwise(sorted(spans))):
         return "clips whose keys interleave"
     return None

@@ -100,9 +100,19 @@ def _queries(q, strides, work, item, tile, DIM: tl.constexpr, PAD: tl.constexpr,
 def _columns(work, item, number):
     """Sequence columns of an item's keys."""
     column = item.first_key + number
-    if work.key_index is not None:
+    if work.key_index is not None and work.row_ranges is None:
         column = tl.load(work.key_index + column, mask=number < item.num_keys, other=0)
     return column
+
+
+@triton.jit
+def _slots(work, item, number):
+    """Places of an item's keys in a row's map; the wider scopes have keys that no map shows, and their places are
+    outside of it."""
+    slot = item.map_shift + number
+    if work.key_index is not None and work.row_ranges is not None:
+        slot = tl.load(work.key_index + slot, mask=number < item.num_keys, other=-1)
+    return slot
 
 
 @triton.jit
@@ -132,9 +142,9 @@ def _hide(scores, work, item, number, column, place, live):
 
 
 @triton.jit
-def _map_gradient(grad, item, number, row, live):
-    """Gradient at the map; keys and rows come shaped for two axes. The wider scopes have keys that no map shows."""
-    slot = item.map_shift + number
+def _map_gradient(grad, work, item, number, row, live):
+    """Gradient at the map; keys and rows come shaped for two axes."""
+    slot = _slots(work, item, number)
     shown = live & (number < item.num_keys) & (slot >= 0) & (slot < item.map_width)
     return tl.load(grad + item.map_start + row * item.map_width + slot, mask=shown, other=0.0)
 
@@ -199,7 +209,7 @@ def _weights_and_gradient(
     """P and g (M, KEYS) of a block."""
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale2
     scores = _hide(scores, work, item, number[None, :], column[None, :], tile.place[:, None], tile.live[:, None])
-    gradient = _map_gradient(grad, item, number[None, :], tile.row[:, None], tile.live[:, None]) / HEADS
+    gradient = _map_gradient(grad, work, item, number[None, :], tile.row[:, None], tile.live[:, None]) / HEADS
     return tl.exp2(scores - lse[:, None]), gradient
 
 
@@ -281,7 +291,7 @@ def map_kernel(
             total += tl.exp2(scores - lse[None, :])
         mean = tl.sum(tl.reshape(total, (KEYS, ROWS, WIDTH)), 2) / (KV_HEADS * GROUP)
         row = number_of_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
-        slot = item.map_shift + number
+        slot = _slots(work, item, number)
         shown = (number < item.num_keys) & (slot >= 0) & (slot < item.map_width)
         pointer = flat + item.map_start + row[None, :] * item.map_width + slot[:, None]
         tl.store(pointer, mean, mask=shown[:, None] & (row < item.num_rows)[None, :])
@@ -368,7 +378,7 @@ def dk_kernel(
         scores = tl.dot(keys, tl.trans(queries), input_precision="ieee") * scale2
         scores = _hide(scores, work, item, number[:, None], column[:, None], tile.place[None, :], tile.live[None, :])
         weights = tl.exp2(scores - lse[None, :])
-        gradient = _map_gradient(grad, item, number[:, None], tile.row[None, :], tile.live[None, :]) / HEADS
+        gradient = _map_gradient(grad, work, item, number[:, None], tile.row[None, :], tile.live[None, :]) / HEADS
         score_gradient = weights * (gradient - delta[None, :])
         total += tl.dot(score_gradient.to(GRAD), queries.to(GRAD), input_precision=PRECISION)
     mask = (number < item.num_keys)[:, None] & (tl.arange(0, PAD) < DIM)[None, :]

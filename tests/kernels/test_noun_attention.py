@@ -96,6 +96,17 @@ def test_maps_and_gradients_equal_the_formula(groups, dtype, scope, keys):
         torch.testing.assert_close(got_grad, want_grad.to(dtype), **tolerance)
 
 
+@pytest.mark.parametrize("scope", ["frame", "clip", "causal", "full"])
+def test_gradients_equal_finite_differences(scope):
+    clips = [ClipKeys(1, 1, (2, 1, 2)), ClipKeys(0, 2, (2, 1, 3), [9, 2, 3, 11, 5, 7]), ClipKeys(1, 6, (1, 2, 2))]
+    ranges = ((0, 4), (6, 10))
+    rows = [Row(0, 11, ranges), Row(0, 5, ranges), Row(1, 1, ranges), Row(1, 1, ((0, 12),)), Row(2, 11, ranges)]
+    table = build_work_table(rows, clips, scope)
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, h, 12, 3, generator=generator, dtype=torch.float64, requires_grad=True) for h in (4, 2))
+    assert torch.autograd.gradcheck(lambda q, k: noun_attention(q, k, table, scale=SCALE), (q, k))
+
+
 @pytest.mark.parametrize("scope", ["frame", "clip"])
 def test_every_segment_is_a_distribution(scope):
     flat = noun_attention(*inputs(2), build_work_table(ROWS, CLIPS, scope), scale=SCALE)
