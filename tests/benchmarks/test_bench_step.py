@@ -1,21 +1,14 @@
-"""Measures, on a CPU, what supervision adds to a training step; `make bench` prints it. Nothing here passes or fails on
-time.
+"""Measures, on a CPU, what supervision adds to the time and memory of a training step of the tiny model; `make bench`
+prints it. Nothing here passes or fails on time."""
 
-The three kinds of step take turns, so that a busy machine disturbs all of them alike; only ratios within one run mean
-anything.
-"""
-
-import json
-import platform
-import resource
-import statistics
-import time
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from tiny import make_batch, make_data, tiny_config
 
+from benchmarks.measure import MIB, PeakMemory, in_turns, ratios, write_result
 from swim.train.loop import combine
 from swim.train.system import Progress, build_system
 
@@ -25,6 +18,7 @@ KINDS = {
     "plain": [],  # the stock model and its text loss: nothing is captured
     "mask loss measured, not trained": ["system.mask_weight=0"],
     "supervised": [],
+    "supervised, pixel side": ["system.mask_side=pixel", "system.loss=bce"],
     "supervised, gradient measured": ["system.gradient_every=1"],
 }
 
@@ -36,36 +30,32 @@ def text_loss(model, batch):
     return torch.nn.functional.cross_entropy(picked, batch.labels)
 
 
-def test_supervised_step_against_plain_step(tmp_path):
+def step(kind, system, model, batch):
+    if kind == "plain":
+        text_loss(model, batch).backward()
+    else:
+        combine(system.loss(model, batch, Progress(0, 1)), batch.counts).backward()
+    model.zero_grad()
+    system.after_backward()
+
+
+def test_supervised_step_against_plain_step(tmp_path, benchmark):
     shards = make_data(tmp_path / "clips", clips=3)
-    steps = {}
+    steps, kinds = {}, {}
     for kind, overrides in KINDS.items():
-        system = build_system(
-            tiny_config(shards.folder, "system.layers=[1, 2, 3]", "system.gradient_every=0", *overrides)
-        )
-        steps[kind] = (system, system.build_model().train(), make_batch(system, shards, [0, 1, 2], [0, 2, 4]))
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(ROUNDS + 2):
-        for kind, (system, model, batch) in steps.items():
-            began = time.perf_counter()
-            if kind == "plain":
-                text_loss(model, batch).backward()
-            else:
-                combine(system.loss(model, batch, Progress(0, 1)), batch.counts).backward()
-            seconds[kind].append(time.perf_counter() - began)
-            model.zero_grad()
-            system.after_backward()
-    ratios = {
-        kind: [a / b for a, b in zip(times[2:], seconds["plain"][2:])]
-        for kind, times in seconds.items()
-        if kind != "plain"
-    }
-    result = {
-        kind: {"median": statistics.median(r), "quartiles": statistics.quantiles(r, n=4)} for kind, r in ratios.items()
-    }
-    result["machine"] = f"{platform.machine()}, one thread"
-    result["peak_rss_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    Path("benchmarks/results").mkdir(parents=True, exist_ok=True)
-    Path("benchmarks/results/cpu_step.json").write_text(json.dumps(result, indent=1) + "\n")
-    for kind, r in ratios.items():
-        print(f"\n{kind} / plain step: median {statistics.median(r):.3f}, quartiles {statistics.quantiles(r, n=4)}")
+        fixed = ("system.layers=[1, 2, 3]", "system.gradient_every=0")
+        system = build_system(tiny_config(shards.folder, *fixed, *overrides))
+        batch = make_batch(system, shards, [0, 1, 2], [0, 2, 4])
+        steps[kind] = partial(step, kind, system, system.build_model().train(), batch)
+        steps[kind]()
+        with PeakMemory() as memory:
+            steps[kind]()
+        figures: dict[str, Any] = {"peak_mib": memory.peak() / MIB}
+        kinds[kind] = figures
+        figures["memory"] = figures["peak_mib"] / kinds["plain"]["peak_mib"]
+    seconds = in_turns(benchmark, steps, ROUNDS)
+    for kind, figures in kinds.items():
+        figures |= {"seconds": min(seconds[kind]), "time": ratios(seconds[kind], seconds["plain"])}
+        print(f"\n{kind}: {figures}")
+    benchmark.extra_info |= kinds
+    write_result("cpu_step", {"kinds": kinds})
