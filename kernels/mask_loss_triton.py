@@ -84,7 +84,7 @@ def _scaled(share, low, SCALE: tl.constexpr):
     if SCALE == "minmax":
         spread = 1 - low
         share = tl.where(spread > MIN_SPREAD, share - low, 0.0) / tl.maximum(spread, MIN_SPREAD)
-        share = tl.maximum(share, MIN_PROBABILITY)
+        share = tl.maximum(share, MIN_PROBABILITY, propagate_nan=tl.PropagateNan.ALL)
     return share
 
 
@@ -171,7 +171,7 @@ def pixel_kernel(
     for y in range(first_y, last_y):
         fy = _fraction(y, down, rows, height)
         interpolated = top + fy * step
-        share = tl.maximum(interpolated, MIN_PROBABILITY)
+        share = tl.maximum(interpolated, MIN_PROBABILITY, propagate_nan=tl.PropagateNan.ALL)
         byte = tl.load(packed + y * row_bytes + x // 8, mask=live, other=0).to(tl.int32)
         inside = ((byte >> (x % 8)) & 1) == 1
         if KIND == "dice" or KIND == "iou":

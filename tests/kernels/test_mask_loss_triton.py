@@ -142,6 +142,44 @@ def test_interpreted_no_frames_strides_and_half_precision():
     assert torch.equal(half, same)
 
 
+@interpreted
+@pytest.mark.parametrize("scale", ["none", "max"])
+@pytest.mark.parametrize("kind", ["kl", "bce", "focal"])
+def test_interpreted_no_slope_below_the_least_probability(kind, scale):
+    """Pixels among cells of 1e-33 of the peak count as 1e-30, and pull at nothing."""
+    log_map, mask = torch.full((1, 6, 6), -75.0), torch.ones(1, 40, 40, dtype=torch.bool)
+    log_map[0, 0, 0] = 0
+    assert_equals_oracle(log_map, mask, kind, scale)
+
+
+@interpreted
+def test_interpreted_a_diffuse_map_has_an_exact_loss():
+    """fp32 knows 1 - m of a uniform map to 2e-5 of m, the same for every pixel."""
+    log_map, mask = torch.full((1, 4, 4), -6.6434), torch.zeros(1, 30, 30, dtype=torch.bool)
+    sums = frame_sums(log_map, bits(mask), kind="bce", size=(30, 30), backend="triton")
+    exact = -900 * torch.log1p(-log_map[0, 0, 0].double().exp())
+    assert sums[0, 0].item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def assert_nan_stays(kind: str, scale: str, device: str) -> None:
+    log_map, mask = (x.to(device) for x in inputs((3, 3), (6, 7), frames=2))
+    log_map[0, 1, 1] = torch.nan
+    mask[0] = True
+    for backend in ("triton", "torch"):
+        sums, slopes = sums_and_slopes(log_map, bits(mask), 7, kind, scale, backend)
+        assert sums[0, :2].isnan().any(), backend
+        assert slopes[0].isnan().any(), backend
+        assert torch.isfinite(sums[1]).all()
+        assert torch.isfinite(slopes[1]).all()
+
+
+@interpreted
+@pytest.mark.parametrize(("kind", "scale"), itertools.product(KINDS, SCALES))
+def test_interpreted_what_is_not_a_number_stays_none(kind, scale):
+    """A step that has gone wrong must be seen: nothing hides a NaN."""
+    assert_nan_stays(kind, scale, "cpu")
+
+
 # The operator, with the reference on a CPU in the kernels' place.
 
 
@@ -243,6 +281,12 @@ def test_on_a_device_equals_the_oracle_ten_times_alike(kind, scale):
 def test_on_a_device_sizes(grid, size):
     for kind, scale in (("bce", "none"), ("iou", "minmax"), ("kl", "max")):
         assert_equals_oracle(*(x.cuda() for x in inputs(grid, size, seed=1)), kind, scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "scale"), itertools.product(KINDS, SCALES))
+def test_on_a_device_what_is_not_a_number_stays_none(kind, scale):
+    assert_nan_stays(kind, scale, "cuda")
 
 
 @pytest.mark.gpu
