@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: env demo demo-short test test-all lint bench format docs demo-seeds clean
+.PHONY: env demo demo-short test test-all lint bench bench-report format docs demo-seeds clean
 
 env: $(STAMP)
 
@@ -36,6 +36,10 @@ test-all: env
 
 bench: env
 	$(BIN)/python -m pytest -q -s -m bench
+
+# docs/performance.md from the files in benchmarks/results.
+bench-report: env
+	PYTHONPATH=. $(BIN)/python benchmarks/report.py
 
 lint: env
 	$(BIN)/ruff check .

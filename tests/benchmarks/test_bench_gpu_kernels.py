@@ -10,7 +10,11 @@ import torch
 from benchmarks import noun_rows, pixel_loss
 from benchmarks.targets import LONG, PAPER, missed
 
-pytestmark = [pytest.mark.bench, pytest.mark.gpu]
+pytestmark = [
+    pytest.mark.bench,
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 # By importance: a run that is cut short has the first ones.
 ROWS = {

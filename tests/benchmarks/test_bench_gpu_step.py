@@ -11,7 +11,11 @@ import torch
 from benchmarks.measure import MIB, in_turns, ratios, write_result
 from benchmarks.targets import missed
 
-pytestmark = [pytest.mark.bench, pytest.mark.gpu]
+pytestmark = [
+    pytest.mark.bench,
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 ROUNDS = 5
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import noun_rows, pixel_loss, qwen
+from benchmarks import noun_rows, pixel_loss, qwen, report
 from benchmarks.measure import MIB, Ceilings, PeakMemory, Work
 from benchmarks.targets import missed
 
@@ -106,6 +106,9 @@ def test_what_a_gpu_measures_is_written_and_judged(kind, monkeypatch, tmp_path):
     assert got["wrong"]["failed"] == "wrong"
     assert got["triton"]["bit_equal"]
     assert got["triton"]["step_us"] == [1.0, 1.0, 1.0]
+    report.draw({kind: result}, tmp_path)
+    assert f"performance_{kind}.svg" in report.page({kind: result})
+    assert (tmp_path / f"performance_{kind}.svg").exists()
     if kind == "gpu_noun_rows":
         assert not missed({kind: result})
     else:  # a microsecond is far above the floor of so few pixels
