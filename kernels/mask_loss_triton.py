@@ -99,23 +99,25 @@ def _offset(peak, SCALE: tl.constexpr):
 @triton.jit
 def _true_side(share, inside, above_floor, size, KIND: tl.constexpr, SCALE: tl.constexpr):
     """What a map of exp(offset) = `size` gives to a pixel's true side, as a share inside the mask and as 1 - m outside
-    (1 for kl); the slope of its logarithm at the share; and what rounding took from the logarithm of 1 - m."""
+    (1 for kl); the slope of its logarithm at the share; and log(1 - m) of small m, which then count 1 in the first."""
     if KIND == "kl":
         chosen = tl.where(inside, share, 1.0)
-        inverse = _inverse(chosen)
-        return chosen, tl.where(inside & above_floor, inverse, 0.0), 0.0 * share
+        return chosen, tl.where(inside & above_floor, _inverse(chosen), 0.0), 0.0 * share
     m = share
     if SCALE == "none":
         m = share * size
     capped = tl.minimum(m, 1 - MIN_COMPLEMENT)
-    complement = 1 - capped
-    chosen = tl.where(inside, share, complement)
+    chosen = tl.where(inside, share, 1 - capped)
     inverse = _inverse(chosen)
     falling = -inverse
     if SCALE == "none":
         falling = -size * inverse
     slope = tl.where(inside, tl.where(above_floor, inverse, 0.0), tl.where(capped == m, falling, 0.0))
-    return chosen, slope, tl.where(inside, 0.0, (1 - complement) - capped) * inverse
+    # 1 - m rounds to 6e-8, which is much of a small m; the series is exact to 1e-8 up to 1/64.
+    small = (m < 1 / 64) & (inside == 0)
+    series = -m * (1 + m * (1 / 2 + m * (1 / 3 + m * (1 / 4))))
+    # 0 * inverse: `_mantissa` forgets that a number was none.
+    return tl.where(small, 1.0, chosen), slope, tl.where(small, series, 0.0 * inverse)
 
 
 @triton.jit
@@ -180,11 +182,11 @@ def pixel_kernel(
             covered += slope
         else:
             above_floor = interpolated >= MIN_PROBABILITY
-            chosen, log_slope, lost = _true_side(share, inside, above_floor, size, KIND, SCALE)
+            chosen, log_slope, log_small = _true_side(share, inside, above_floor, size, KIND, SCALE)
             if KIND == "focal":
                 m = share * size
                 wrong = tl.where(inside, 1 - m, m)
-                log = tl.log(chosen) + lost + tl.where(inside, offset, 0.0)
+                log = tl.log(chosen) + log_small + tl.where(inside, offset, 0.0)
                 turn = tl.where(inside, tl.where(above_floor, -size, 0.0), size)
                 weight = tl.where(inside, FOCAL_ALPHA, 1 - FOCAL_ALPHA) * wrong  # gamma is 2
                 terms -= weight * wrong * log
@@ -192,7 +194,7 @@ def pixel_kernel(
             else:
                 product, exponent = _mantissa(product * chosen)
                 exponents += exponent - 127
-                terms -= lost
+                terms -= log_small
                 slope = -log_slope
                 if KIND == "kl" or SCALE == "none":
                     covered += tl.where(inside, 1.0, 0.0)
@@ -349,11 +351,11 @@ def pixel_sums(log_map_NYX: Tensor, packed_NHB: Tensor, width: int, kind: str, s
     cells = min(CELL_BLOCK, triton.next_power_of_2(rows * columns))
     grid = (frames, rows + 1, triton.cdiv(columns + 1, patches))
     sizes = (rows, columns, height, width)
-    # maxnreg: else ptxas spills a few bytes to fit one more program on a processor.
-    options = {"KIND": kind, "SCALE": scale, "CELLS": cells, "maxnreg": 255, "enable_fp_fusion": True}
+    options = {"KIND": kind, "SCALE": scale, "CELLS": cells, "enable_fp_fusion": True}
     with torch.cuda.device_of(log_map_NYX):
         pixel_kernel[grid](
             log_map_NYX, packed_NHB, parts, *sizes, row_bytes, PATCHES=patches, PIXELS=pixels, num_warps=4, **options
         )
-        slope_kernel[(frames,)](log_map_NYX, parts, sums, slopes, *sizes, num_warps=8, **options)
+        # maxnreg: else ptxas spills a few bytes to fit one more program on a processor.
+        slope_kernel[(frames,)](log_map_NYX, parts, sums, slopes, *sizes, num_warps=8, maxnreg=255, **options)
     return sums, slopes
