@@ -45,7 +45,7 @@ def measure_ceilings() -> Ceilings:
     programs = PROGRAMS_PER_SM * torch.cuda.get_device_properties(0).multi_processor_count
     out = torch.empty(programs * SPECIAL_BLOCK, device="cuda")
     chain = _seconds(lambda: special_kernel[(programs,)](out, SPECIAL_ROUNDS, SPECIAL_BLOCK, num_warps=4))
-    torch.testing.assert_close(out, torch.full_like(out, 0.5))
+    torch.testing.assert_close(out, torch.full_like(out, 0.5), atol=1e-3, rtol=0)
     return Ceilings(copied, product, 16 * SPECIAL_ROUNDS * out.numel() / chain)
 
 
@@ -89,7 +89,7 @@ def measure(
     ceilings = measure_ceilings()
     result: dict[str, Any] = {"ceilings": ceilings._asdict(), "shapes": {}}
     for title, case in cases.items():
-        torch._dynamo.reset()  # it stops compiling after a few shapes
+        torch.compiler.reset()  # it stops compiling after a few shapes
         problem, ways = problem_of(case), ways_of(case)
         want = values_and_gradients(ways["torch"], problem.double())
         result["shapes"][title] = {
@@ -134,10 +134,10 @@ def _figures(
         step()
         figures["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / MIB
         figures["gradients_mib"] = gradients / MIB
+        figures["eager_step_us"] = eager_us(step)
         torch.cuda.empty_cache()
         figures["forward_us"] = replayed_us(lambda: way(problem))
         figures["step_us"] = replayed_us(step)
-        figures["eager_step_us"] = eager_us(step)
     except Exception as error:  # the other ways are measured all the same
         figures["failed"] = "out of memory" if isinstance(error, torch.OutOfMemoryError) else repr(error)[:300]
     return figures
