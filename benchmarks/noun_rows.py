@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.measure import Work
-from swim.kernels.noun_attention import ClipKeys, Row, WorkTable, build_work_table, noun_attention
+from swim.kernels.noun_attention import SPLIT_KEYS, ClipKeys, Row, WorkTable, build_work_table, noun_attention
 
 
 class Case(NamedTuple):
@@ -56,7 +56,7 @@ class Case(NamedTuple):
 
     def launches(self) -> int:
         """Kernels of the Triton way, forward and backward, with the zeros that both gradients start from."""
-        return 6 if self.table().sizes[4] <= 1 else 8
+        return 6 if self.keys // self.segments <= SPLIT_KEYS else 8
 
 
 class Problem(NamedTuple):
