@@ -1,10 +1,14 @@
-"""A stand-in for pytest-benchmark's fixture on machines that lack it: it runs the rounds, and prints no table."""
+"""A quiet profiler, and a stand-in for pytest-benchmark's fixture on machines that lack it: it runs the rounds, and
+prints no table."""
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # read when torch is imported
 
 if find_spec("pytest_benchmark") is None:
 

@@ -75,6 +75,7 @@ def test_the_least_work_of_the_pixel_side():
 def test_what_a_gpu_measures_is_written_and_judged(kind, monkeypatch, tmp_path):
     """The whole way of the GPU's benchmarks at toy sizes, with clocks that stand still."""
     pytest.importorskip("triton")
+    pytest.importorskip("matplotlib")
     from benchmarks import device
 
     for name in ("reset_peak_memory_stats", "empty_cache"):
