@@ -410,6 +410,10 @@ def sum_kernel(
     tl.store(pointer, total, mask=mask)
 
 
+def _blackwell() -> bool:
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 100
+
+
 def _blocks(q_BHLD: Tensor, k_BKLD: Tensor, max_rows: int) -> dict[str, Any]:
     """Block sizes, from sizes alone: a choice by the clock would change the order of sums from run to run."""
     (_, heads, _, dim), kv_heads = q_BHLD.shape, k_BKLD.shape[1]
@@ -431,10 +435,10 @@ def _blocks(q_BHLD: Tensor, k_BKLD: Tensor, max_rows: int) -> dict[str, Any]:
         "KEYS": keys,
         # The interpreter multiplies the bits of bf16 as integers.
         "DOT": tl.float32 if INTERPRETED else dtype,
-        "num_warps": 4 if small and not full else 8,
+        "num_warps": 16 if size == 4 else 4 if small and not full else 8,
         "num_stages": 3 if small else 2,
-        # ptxas spills a few bytes, here to fit one more program on a processor, there to use what this allows it.
-        "maxnreg": None if full else 255,
+        # Left to itself ptxas fits one more program on a processor, by spilling a few bytes; not so bf16 before sm_100.
+        "maxnreg": 128 if size == 4 else None if full and dtype == tl.bfloat16 and not _blackwell() else 255,
         "enable_fp_fusion": True,  # Triton 3.10 changes the default
     }
 
