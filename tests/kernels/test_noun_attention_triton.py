@@ -16,8 +16,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
@@ -77,9 +75,8 @@ def test_the_kernels_in_the_interpreter():
     assert re.search(r"\d\d passed", done.stdout), done.stdout[-500:]
 
 
-@st.composite
-def problems(draw, scope: str):
-    """Tensors, rows and clips: up to three clips in up to two batch rows, one behind the other."""
+def problem(draw, st, scope: str):
+    """Tensors, rows and clips, drawn by hypothesis: up to three clips in up to two batch rows, one behind the other."""
     rows, clips = [], []
     ends = [0, 0]
     for number in range(draw(st.integers(1, 3))):
@@ -114,22 +111,31 @@ def problems(draw, scope: str):
 
 @interpreted
 @pytest.mark.parametrize("scope", ["frame", "clip", "causal", "full"])
-@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(data=st.data(), split_keys=st.sampled_from([1024, 32]))
-def test_interpreted_any_rows_and_keys(scope, data, split_keys):
+def test_interpreted_any_rows_and_keys(scope):
     """Also with segments cut into splits of a few keys."""
-    q, k, rows, clips = data.draw(problems(scope))
-    kept, module.SPLIT_KEYS = module.SPLIT_KEYS, split_keys
-    table = build_work_table(rows, clips, scope)
-    module.SPLIT_KEYS = kept
-    assert table.unfit is None
-    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN: every element must be written
-    assert q.new_empty(3, dtype=torch.float32).isnan().all()
-    got = assert_equals_oracle(q, k, table)
-    torch.use_deterministic_algorithms(False)
-    assert all(
-        torch.equal(x, y) for x, y in zip(got, values_and_gradients(q, k, table, "triton", 1.5 * q.shape[-1] ** -0.5))
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(
+        max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
     )
+    @hypothesis.given(st.data(), st.sampled_from([1024, 32]))
+    def check(data, split_keys):
+        q, k, rows, clips = problem(data.draw, st, scope)
+        kept, module.SPLIT_KEYS = module.SPLIT_KEYS, split_keys
+        table = build_work_table(rows, clips, scope)
+        module.SPLIT_KEYS = kept
+        assert table.unfit is None
+        torch.use_deterministic_algorithms(True)  # fills new tensors with NaN: every element must be written
+        assert q.new_empty(3, dtype=torch.float32).isnan().all()
+        got = assert_equals_oracle(q, k, table)
+        torch.use_deterministic_algorithms(False)
+        assert all(
+            torch.equal(x, y)
+            for x, y in zip(got, values_and_gradients(q, k, table, "triton", 1.5 * q.shape[-1] ** -0.5))
+        )
+
+    check()
 
 
 @interpreted
