@@ -1,5 +1,6 @@
 """Promise: there is one name for each module, and the light packages stay light."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -32,3 +33,29 @@ def test_imports_stay_in_their_layer(module, heavy):
     code = f"import sys, {module}; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not heavy & set(loaded.stdout.split())
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_the_kernels_and_their_tests_need_only_torch_triton_numpy_and_pytest():
+    # They run on bare GPU machines.
+    allowed = {"torch", "triton", "numpy", "pytest", *sys.stdlib_module_names}
+    files = [
+        ROOT / "tests" / "conftest.py",
+        *(ROOT / "kernels").glob("*.py"),
+        *(ROOT / "tests" / "kernels").glob("*.py"),
+    ]
+    assert len(files) > 5
+    for path in files:  # which grows by the tests' own helpers
+        for name in imported(path):
+            helper = ROOT / "tests" / f"{name}.py"
+            if helper.exists():
+                files += [helper] if helper not in files else []
+            else:
+                assert name.split(".")[0] in allowed or name.startswith("swim.kernels"), (path, name)
