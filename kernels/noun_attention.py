@@ -35,8 +35,8 @@ Backend = Literal["auto", "triton", "torch"]
 
 HAS_TRITON = find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors, slowly: for tests
-# A segment of up to SPLIT_KEYS keys is the work of one program; a longer one is cut, into MAX_SPLITS at most: every
-# split costs a partial dq, N x H x D in fp32.
+# A segment of up to SPLIT_KEYS keys is the work of one program; a longer one is cut, into MAX_SPLITS at most. So many
+# are also the parts from which a row's dq is added up, each H x D in fp32.
 SPLIT_KEYS, MAX_SPLITS = 1024, 16
 
 _log = logging.getLogger(__name__)
@@ -75,9 +75,9 @@ class WorkTable:
     row_ranges: Tensor | None  # (N, 4) int64 in causal and full scope: two [first, last) column ranges of the softmax
     clip_range: tuple[tuple[int, int], ...]  # per clip: columns that hold its keys and the ranges of all its rows
     clips: Tensor  # (C, 8) int64: the four tuples again, so that an operator, which takes tensors, can have them
-    items: Tensor  # (I, 11) int64, see `_work_items`
+    items: Tensor  # (I, 13) int64, see `_work_items`
     row_parts: Tensor  # (N, 5) int64, see `_work_items`
-    sizes: tuple[int, ...]  # map values, statistics, most rows, keys and splits of any item
+    sizes: tuple[int, ...]  # map values, statistics, parts of dq; most rows, keys and splits of any item, last wave
     unfit: str | None  # why Triton cannot take this table
 
     @property
@@ -154,7 +154,7 @@ def build_work_table(rows: Sequence[Row], clips: Sequence[ClipKeys], scope: Scop
         row_ranges=torch.tensor(ranges, dtype=torch.int64).view(-1, 4) if wide else None,
         clip_range=tuple(clip_range),
         clips=torch.tensor(table, dtype=torch.int64).view(-1, 8),
-        items=torch.tensor(items, dtype=torch.int64).view(-1, 11),
+        items=torch.tensor(items, dtype=torch.int64).view(-1, 13),
         row_parts=torch.tensor(parts, dtype=torch.int64).view(-1, 5),
         sizes=sizes,
         unfit=_unfit(clips, table, wide=wide),
@@ -169,16 +169,17 @@ def _work_items(
     Item: batch row; first row, number of rows; first key, number of keys (as in `clip_keys`; columns in the wider
     scopes); place of the clip's maps in the flat map, place of the first key in a row's map, counted from the clip's
     `origin` (with scattered keys in the wider scopes, place in `key_index` of that place), V; place of the item's
-    statistics, one for each row; which split of its segment, of how many. Items of a clip follow each other, so row n
-    has statistics at `first`, `first + step`, ... `count` times. Row part: whether no earlier row is the same query,
-    the next row that is (or -1), first, step, count.
+    statistics, one for each row; which split of its segment, of how many; place of its part of dq, one for each row,
+    and in which wave it is added there: the items of a wave have parts of their own. Row part: whether no earlier row
+    is the same query, the next row that is (or -1), and where its parts of dq are: `first`, `first + step`, ... `count`
+    of them.
     """
     align = SPLIT_KEYS // 8  # a whole number of blocks
     items: list[tuple[int, ...]] = []
     parts: list[list[int]] = []
-    map_size = num_stats = 0
+    map_size = num_stats = num_parts = 0
     for (first_row, last_row, batch, first_key, num_keys, segments, lo, hi), origin in zip(table, origins):
-        num_rows, first_stat = last_row - first_row, num_stats
+        num_rows, lines = last_row - first_row, []
         start, total = (lo, hi - lo) if wide else (first_key, num_keys)
         size = total // segments if num_rows and segments else 0
         splits = min(-(-size // SPLIT_KEYS), MAX_SPLITS)
@@ -188,18 +189,21 @@ def _work_items(
             for split, key in enumerate(keys):
                 span = (key, min(step, segment + size - key))
                 shown = (map_size, key - origin, num_keys)
-                items.append((batch, first_row, num_rows, *span, *shown, num_stats, split, len(keys)))
+                lines.append((batch, first_row, num_rows, *span, *shown, num_stats, split, len(keys)))
                 num_stats += num_rows
-        count = (num_stats - first_stat) // max(num_rows, 1)
-        parts += [[1, -1, first_stat + row, num_rows, count] for row in range(num_rows)]
+        count = min(len(lines), MAX_SPLITS)
+        for number, line in enumerate(lines):
+            items.append((*line, num_parts + number % count * num_rows, number // count))
+        parts += [[1, -1, num_parts + row, num_rows, count] for row in range(num_rows)]
+        num_parts += count * num_rows
         map_size += num_rows * num_keys
     last: dict[tuple[int, int], int] = {}
     for row, query in enumerate(queries):
         if query in last:
             parts[last[query]][1], parts[row][0] = row, 0
         last[query] = row
-    most = (max((item[column] for item in items), default=0) for column in (2, 4, 10))
-    return items, parts, (map_size, num_stats, *most)
+    most = (max((item[column] for item in items), default=0) for column in (2, 4, 10, 12))
+    return items, parts, (map_size, num_stats, num_parts, *most)
 
 
 def _unfit(clips: Sequence[ClipKeys], table: Sequence[tuple[int, ...]], *, wide: bool) -> str | None:

@@ -49,6 +49,8 @@ class Item(NamedTuple):
     stat: Any
     split: Any
     num_splits: Any
+    part: Any
+    wave: Any
 
 
 class Tile(NamedTuple):
@@ -62,7 +64,7 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _item(work, number):
-    line = work.items + number.to(tl.int64) * 11
+    line = work.items + tl.cast(number, tl.int64) * 13
     return Item(
         tl.load(line),
         tl.load(line + 1),
@@ -75,6 +77,8 @@ def _item(work, number):
         tl.load(line + 8),
         tl.load(line + 9),
         tl.load(line + 10).to(tl.int32),
+        tl.load(line + 11),
+        tl.load(line + 12),
     )
 
 
@@ -316,19 +320,19 @@ def delta_kernel(
     tl.store(deltas + _stat(item, item.split, tile, HEADS), delta, mask=tile.live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["wave"])
 def dq_kernel(
-    q, k, grad, stats, deltas, partial, work, q_strides, k_strides, tiles, scale, scale2,
+    q, k, grad, stats, deltas, partial, work, q_strides, k_strides, tiles, wave, scale, scale2,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
     PAD: tl.constexpr, KEYS: tl.constexpr, DOT: tl.constexpr, GRAD: tl.constexpr, PRECISION: tl.constexpr,
     FUSED: tl.constexpr,
 ):  # fmt: skip
-    """Part of dq that comes from one item, (statistics, heads, DIM) fp32; grid (items x tiles, kv heads). FUSED:
-    every segment is one item, and delta is found here."""
+    """Adds what comes from the items of a wave to the parts of dq, (parts, heads, DIM) fp32; grid (items x tiles, kv
+    heads). FUSED: every segment is one item, and delta is found here."""
     kv = tl.program_id(1)
     item = _item(work, tl.program_id(0) // tiles)
     tile = _tile(item, tl.program_id(0) % tiles, kv, GROUP, ROWS, WIDTH)
-    if (tl.program_id(0) % tiles) * ROWS >= item.num_rows:
+    if ((tl.program_id(0) % tiles) * ROWS >= item.num_rows) | (item.wave != wave):
         return
     HEADS: tl.constexpr = KV_HEADS * GROUP
     queries = _queries(q, q_strides, work, item, tile, DIM, PAD, DOT)
@@ -349,8 +353,10 @@ def dq_kernel(
         score_gradient = weights * (gradient - delta[:, None])
         total += tl.dot(score_gradient.to(GRAD), keys.to(GRAD), input_precision=PRECISION)
     dim = tl.arange(0, PAD)
-    pointer = partial + _stat(item, item.split, tile, HEADS)[:, None] * DIM + dim[None, :]
-    tl.store(pointer, total * scale, mask=tile.live[:, None] & (dim < DIM)[None, :])
+    pointer = partial + ((item.part + tile.row) * HEADS + tile.head)[:, None] * DIM + dim[None, :]
+    mask = tile.live[:, None] & (dim < DIM)[None, :]
+    before = tl.load(pointer, mask=mask & (wave > 0), other=0.0)
+    tl.store(pointer, before + total * scale, mask=mask)
 
 
 @triton.jit
@@ -390,7 +396,7 @@ def sum_kernel(
     partial, row_parts, row_batch, row_position, dq, strides,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """dq from its parts, in the order of items and of rows that are the same query; grid (rows, blocks of heads)."""
+    """dq from its parts, in the order of parts and of rows that are the same query; grid (rows, blocks of heads)."""
     first = tl.program_id(0).to(tl.int64)
     if tl.load(row_parts + first * 5) == 0:
         return
@@ -461,7 +467,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Flat maps, and the base-2 log-sum-exp (statistics, H) of every item, row and head."""
-    map_size, num_stats, max_rows, max_keys, max_splits = sizes
+    map_size, num_stats, _, max_rows, max_keys, max_splits, _ = sizes
     flat = q_BHLD.new_empty(map_size, dtype=torch.float32)
     stats = q_BHLD.new_empty(num_stats, q_BHLD.shape[1], dtype=torch.float32)
     if not len(items):
@@ -497,14 +503,14 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and k: full size, zero but for the rows and their keys."""
-    _, num_stats, max_rows, max_keys, max_splits = sizes
+    _, _, num_parts, max_rows, max_keys, max_splits, last_wave = sizes
     dq, dk = torch.zeros_like(q_BHLD), torch.zeros_like(k_BKLD)
     if not len(items):
         return dq, dk
     grad = grad.contiguous()  # one value for each of the map; autograd hands over expanded scalars
     _, heads, _, dim = q_BHLD.shape
     deltas = torch.empty_like(stats)
-    partial = stats.new_empty(num_stats, heads, dim)
+    partial = stats.new_empty(num_parts, heads, dim)
     work = Work(items, row_position, key_index, row_ranges)
     blocks = _blocks(q_BHLD, k_BKLD, max_rows)
     types = _gradient_type(q_BHLD.dtype)
@@ -515,9 +521,10 @@ def backward(
     with torch.cuda.device_of(q_BHLD):
         if not fused:
             delta_kernel[(len(items) * tiles, kv_heads)](*inputs, work, *strides, tiles, scale2, **blocks)
-        dq_kernel[(len(items) * tiles, kv_heads)](
-            *inputs, partial, work, *strides, tiles, scale, scale2, **blocks, **types, FUSED=fused
-        )
+        for wave in range(last_wave + 1):
+            dq_kernel[(len(items) * tiles, kv_heads)](
+                *inputs, partial, work, *strides, tiles, wave, scale, scale2, **blocks, **types, FUSED=fused
+            )
         dk_kernel[(len(items) * key_blocks, kv_heads)](
             *inputs, dk, work, *strides, dk.stride(), key_blocks, scale, scale2, **blocks, **types
         )
