@@ -13,7 +13,7 @@ from swim.train.loop import combine
 from swim.train.system import Progress, build_system
 
 pytestmark = pytest.mark.bench
-ROUNDS = 15
+ROUNDS = 31
 KINDS = {
     "plain": [],  # the stock model and its text loss: nothing is captured
     "mask loss measured, not trained": ["system.mask_weight=0"],
