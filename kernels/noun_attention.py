@@ -17,30 +17,23 @@ Shape suffixes: B batch, H query heads, K kv heads, G = H / K, L sequence, D hea
 clips, S keys in a clip's softmax ranges, I items.
 """
 
-import logging
-import os
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-Scope = Literal["frame", "clip", "causal", "full"]
-Backend = Literal["auto", "triton", "torch"]
+from swim.kernels.backend import INTERPRETED, Backend, choose_triton, without_triton
 
-HAS_TRITON = find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton kernels run on CPU tensors, slowly: for tests
+Scope = Literal["frame", "clip", "causal", "full"]
+
 # A segment of up to SPLIT_KEYS keys is the work of one program; a longer one is cut, into MAX_SPLITS at most. So many
 # are also the parts from which a row's dq is added up, each H x D in fp32.
 SPLIT_KEYS, MAX_SPLITS = 1024, 16
-
-_log = logging.getLogger(__name__)
-_logged: set[str] = set()
 
 
 class Row(NamedTuple):
@@ -377,12 +370,8 @@ _forward_op.register_autograd(_gradients, setup_context=_save)
 
 def unsupported(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable) -> str | None:
     """Why the Triton kernels cannot take this call; None if they can."""
-    if not HAS_TRITON:
-        return "Triton is not installed"
-    if q_BHLD.device.type != "cuda" and not INTERPRETED:
-        return f"tensors on device {q_BHLD.device.type!r}"
-    if torch.version.hip:
-        return "an AMD device"  # nothing was ever compiled for one
+    if reason := without_triton(q_BHLD):
+        return reason
     if q_BHLD.dtype != k_BKLD.dtype or q_BHLD.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"dtypes {q_BHLD.dtype} and {k_BKLD.dtype}"
     if q_BHLD.shape[3] > 256:
@@ -433,17 +422,7 @@ def noun_attention(
 def _local_mean(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, scale: float, backend: Backend) -> Tensor:
     if q_BHLD.shape[1] % k_BKLD.shape[1]:
         raise ValueError(f"{q_BHLD.shape[1]} query heads are not a multiple of {k_BKLD.shape[1]} kv heads")
-    if backend not in get_args(Backend):
-        raise ValueError(f"noun_attention backend is {backend!r}; use one of {', '.join(get_args(Backend))}")
-    # A CPU never takes Triton by itself: there its kernels only run in the interpreter.
-    if backend == "torch" or (backend == "auto" and q_BHLD.device.type != "cuda"):
-        return noun_attention_reference(q_BHLD, k_BKLD, table, scale)
-    if reason := unsupported(q_BHLD, k_BKLD, table):
-        if backend == "triton":
-            raise ValueError(f"noun_attention has no Triton kernel for {reason}; use backend 'auto' or 'torch'")
-        if not torch.compiler.is_compiling() and reason not in _logged:
-            _logged.add(reason)
-            _log.warning("noun_attention runs in torch, not in Triton: %s", reason)
+    if not choose_triton("noun_attention", backend, q_BHLD, unsupported(q_BHLD, k_BKLD, table)):
         return noun_attention_reference(q_BHLD, k_BKLD, table, scale)
     flat, _ = _forward_op(
         q_BHLD,

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from swim.kernels.noun_attention import INTERPRETED
+from swim.kernels.backend import INTERPRETED
 
 
 class Work(NamedTuple):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from swim.kernels.noun_attention import Backend, WorkTable, noun_attention
+from swim.kernels.backend import Backend
+from swim.kernels.noun_attention import WorkTable, noun_attention
 from swim.train.layout import Layout, attend
 
 MODEL_KWARG = "capture"

@@ -1,21 +1,17 @@
-"""Promise: the Triton kernels compute what the reference computes, for any rows and keys, twice alike; and the operator
-behaves as torch's own under compile, fake tensors and checkpointing; they keep and take next to no memory.
+"""Promise: the Triton kernels compute what the reference computes, for any rows and keys, twice alike; they keep and take
+next to no memory; and the operator behaves as torch's own under compile, fake tensors and checkpointing.
 
-Values and gradients are checked in Triton's interpreter, on CPU tensors. It has to be chosen before Triton is imported,
-so those tests (`test_interpreted_*`) run in a process of their own. It says nothing of bf16's rounding or of a real
-device: those are the tests marked `gpu`.
+Values and gradients are checked in Triton's interpreter, on CPU tensors (`test_interpreted_*`, see interpreter.py). It
+says nothing of bf16's rounding or of a real device: those are the tests marked `gpu`.
 """
 
 import logging
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from interpreter import interpreted, needs_triton, not_interpreted, run_interpreted
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -23,12 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from swim.kernels import backend as backends
 from swim.kernels import noun_attention as module
 from swim.kernels.noun_attention import ClipKeys, Row, WorkTable, build_work_table, noun_attention
 
-INTERPRETED = module.INTERPRETED
-needs_triton = pytest.mark.skipif(not module.HAS_TRITON, reason="Triton is not installed")
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's process")
 LENGTH = 90
 CLIPS = [ClipKeys(1, 5, (3, 2, 4)), ClipKeys(1, 40, (1, 1, 1)), ClipKeys(2, 2, (2, 2, 2)), ClipKeys(0, 7, (4, 3, 2))]
 ROWS = [Row(*row) for row in [(0, 58), (0, 30), (0, 30), (1, 59), (3, 50), (3, 35), (3, 3)]]
@@ -65,17 +59,9 @@ def assert_equals_oracle(q: Tensor, k: Tensor, table: WorkTable, tolerances=(1e-
 
 
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="is the one that starts the others")
+@not_interpreted
 def test_the_kernels_in_the_interpreter():
-    import triton
-
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and np.__version__ >= "2.4":
-        pytest.skip("Triton 3.6's interpreter takes int() of an array, which numpy 2.4 refuses")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "interpreted", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert re.search(r"\d\d passed", done.stdout), done.stdout[-500:]
+    run_interpreted(__file__)
 
 
 def problem(draw, st, scope: str):
@@ -310,17 +296,17 @@ def test_fake_tensors_of_a_device_give_shapes(operator):
         assert (x.shape, x.dtype, x.device, x.stride()) == (y.shape, y.dtype, y.device, y.stride())
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")
+@not_interpreted
 def test_what_triton_cannot_do_is_named(monkeypatch, caplog):
     table = build_work_table(ROWS, CLIPS)
     q, k = inputs(4, 2, 16)
     noun_attention(q, k, table, scale=1.0)
     assert not caplog.messages, "torch is the natural choice on a CPU"
     for installed, reason in ((False, "Triton is not installed"), (True, "tensors on device 'cpu'")):
-        monkeypatch.setattr(module, "HAS_TRITON", installed)
+        monkeypatch.setattr(backends, "HAS_TRITON", installed)
         with pytest.raises(ValueError, match=f"no Triton kernel for {reason}; use backend 'auto' or 'torch'"):
             noun_attention(q, k, table, scale=1.0, backend="triton")
-    monkeypatch.setattr(module, "INTERPRETED", True)
+    monkeypatch.setattr(backends, "INTERPRETED", True)
     scattered = [CLIPS[0]._replace(positions=[*range(23), 50]), *CLIPS[1:]]
     double = [scattered[0]._replace(positions=[*range(23), 3]), *CLIPS[1:]]
     for reason, (rows, clips, scope), shape, dtype in [
@@ -339,8 +325,8 @@ def test_what_triton_cannot_do_is_named(monkeypatch, caplog):
 
 def test_auto_falls_back_with_one_line(monkeypatch, caplog):
     table = build_work_table(ROWS, CLIPS)
-    monkeypatch.setattr(module, "_logged", set())
-    monkeypatch.setattr(module, "HAS_TRITON", True)
+    monkeypatch.setattr(backends, "_logged", set())
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setattr(module, "noun_attention_reference", lambda *_: "torch")
     with FakeTensorMode(), caplog.at_level(logging.WARNING):
         q, k = (torch.empty(3, h, LENGTH, 16, dtype=torch.float64, device="cuda") for h in (4, 2))
@@ -385,7 +371,7 @@ def saved_bytes(q: Tensor, k: Tensor, table: WorkTable, backend: str) -> int:
 
 
 @needs_triton
-@pytest.mark.skipif(INTERPRETED, reason="launches nothing")
+@not_interpreted
 @pytest.mark.parametrize("scope", ["frame", "clip", "full"])
 def test_memory_at_32_rows_and_60_000_keys(monkeypatch, scope):
     from triton.runtime import jit
