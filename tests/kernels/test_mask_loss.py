@@ -225,7 +225,7 @@ def test_pixels_are_judged_like_cells_of_the_upsampled_map(kind, monkeypatch):
     log_map = torch.randn(5, 12, generator=generator).log_softmax(-1).view(5, 3, 4).requires_grad_()
     masks = np.random.default_rng(0).random((5, 10, 13)) > 0.5
     want = frame_sums(upsample_log_map(log_map, (10, 13)), torch.from_numpy(masks).float(), kind=kind)
-    monkeypatch.setattr(module, "CHUNK_PIXELS", 2 * 130)  # chunks of 2, 2 and 1 frames
+    monkeypatch.setitem(module.CHUNK_PIXELS, "cpu", 2 * 130)  # chunks of 2, 2 and 1 frames
     got = frame_sums(log_map, packed(masks), kind=kind, size=(10, 13))
     torch.testing.assert_close(got, want)
     probe = torch.randn(got.shape, generator=generator)
