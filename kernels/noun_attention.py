@@ -83,6 +83,12 @@ class WorkTable:
         """Number of map values of every row, in row order."""
         return [v for (lo, hi), (_, _, v) in zip(self.clip_rows, self.clip_keys) for _ in range(hi - lo)]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What travels through an operator; nothing is an empty tensor there."""
+        optional = (self.clips.new_empty(0) if x is None else x for x in (self.key_index, self.row_ranges))
+        return [self.clips, self.items, self.row_batch, self.row_position, self.row_parts, *optional]
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "WorkTable":
         """Copy with all tensors on `device`."""
         moved = {f.name: t for f in fields(self) if isinstance(t := getattr(self, f.name), Tensor)}
@@ -245,23 +251,19 @@ def noun_attention_reference(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, s
     return torch.cat(maps) if maps else q_BHLD.new_zeros(0, dtype=dtype)
 
 
-def _from_clips(clips: Tensor, row_position: Tensor, key_index: Tensor | None, row_ranges: Tensor | None) -> WorkTable:
+def _from_tensors(clips: Tensor, *others: Tensor | None) -> WorkTable:
     """What the reference reads of a table, from the tensors that travel through an operator."""
     lines = clips.tolist()
+    names = ("items", "row_batch", "row_position", "row_parts", "key_index", "row_ranges")
     return WorkTable(
-        row_batch=row_position,
-        row_position=row_position,
         clip_rows=tuple((line[0], line[1]) for line in lines),
         clip_keys=tuple((line[2], line[3], line[4]) for line in lines),
         clip_segments=tuple(line[5] for line in lines),
-        key_index=key_index,
-        row_ranges=row_ranges,
         clip_range=tuple((line[6], line[7]) for line in lines),
         clips=clips,
-        items=clips,
-        row_parts=clips,
         sizes=(),
         unfit=None,
+        **dict(zip(names, others)),  # type: ignore[arg-type]
     )
 
 
@@ -276,37 +278,29 @@ def _reference_gradients(
     return dq, dk
 
 
+def _with_none(work: Sequence[Tensor]) -> list[Tensor | None]:
+    return [*work[:5], *(x if len(x) else None for x in work[5:])]
+
+
 @torch.library.custom_op("swim::noun_attention", mutates_args=())
 def _forward_op(
-    q_BHLD: Tensor,
-    k_BKLD: Tensor,
-    clips: Tensor,
-    items: Tensor,
-    row_batch: Tensor,  # noqa: ARG001 - saved for the backward pass
-    row_position: Tensor,
-    row_parts: Tensor,  # noqa: ARG001
-    key_index: Tensor | None,
-    row_ranges: Tensor | None,
-    sizes: Sequence[int],
-    scale: float,
+    q_BHLD: Tensor, k_BKLD: Tensor, work: Sequence[Tensor], sizes: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
     """Flat maps, and the log-sum-exp of every item, row and head that the backward pass needs."""
+    tensors: list[Any] = _with_none(work)
     if q_BHLD.device.type == "cpu" and not INTERPRETED:
-        table = _from_clips(clips, row_position, key_index, row_ranges)
-        flat = noun_attention_reference(q_BHLD, k_BKLD, table, scale)
+        flat = noun_attention_reference(q_BHLD, k_BKLD, _from_tensors(*tensors), scale)
         return flat, flat.new_zeros(sizes[1], q_BHLD.shape[1])
     from swim.kernels import noun_attention_triton
 
-    return noun_attention_triton.forward(
-        q_BHLD, k_BKLD, items, row_position, key_index, row_ranges, sizes=sizes, scale=scale
-    )
+    _, items, _, row_position, _, *optional = tensors
+    return noun_attention_triton.forward(q_BHLD, k_BKLD, items, row_position, *optional, sizes=sizes, scale=scale)
 
 
 @_forward_op.register_fake
-def _(q_BHLD: Tensor, k_BKLD: Tensor, clips: Tensor, *args: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    map_size, num_stats, *_ = args[-2]
+def _(q_BHLD: Tensor, k_BKLD: Tensor, work: Any, sizes: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     empty = q_BHLD.new_empty(0, dtype=torch.float32)
-    return empty.new_empty(map_size), empty.new_empty(num_stats, q_BHLD.shape[1])
+    return empty.new_empty(sizes[0]), empty.new_empty(sizes[1], q_BHLD.shape[1])
 
 
 @torch.library.custom_op("swim::noun_attention_backward", mutates_args=())
@@ -315,38 +309,20 @@ def _backward_op(
     q_BHLD: Tensor,
     k_BKLD: Tensor,
     stats: Tensor,
-    clips: Tensor,
-    items: Tensor,
-    row_batch: Tensor,
-    row_position: Tensor,
-    row_parts: Tensor,
-    key_index: Tensor | None,
-    row_ranges: Tensor | None,
+    work: Sequence[Tensor],
     sizes: Sequence[int],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of q and k, full size."""
+    tensors: list[Any] = _with_none(work)
     if q_BHLD.device.type == "cpu" and not INTERPRETED:
-        table = _from_clips(clips, row_position, key_index, row_ranges)
         # Autograd is switched off for the thread that runs an operator, beyond what enable_grad switches on.
         with ThreadPoolExecutor(1) as other:
+            table = _from_tensors(*tensors)
             return other.submit(_reference_gradients, grad, q_BHLD, k_BKLD, table, scale).result()
     from swim.kernels import noun_attention_triton
 
-    return noun_attention_triton.backward(
-        grad,
-        q_BHLD,
-        k_BKLD,
-        stats,
-        items,
-        row_batch,
-        row_position,
-        row_parts,
-        key_index,
-        row_ranges,
-        sizes=sizes,
-        scale=scale,
-    )
+    return noun_attention_triton.backward(grad, q_BHLD, k_BKLD, stats, *tensors[1:], sizes=sizes, scale=scale)
 
 
 @_backward_op.register_fake
@@ -355,14 +331,15 @@ def _(grad: Tensor, q_BHLD: Tensor, k_BKLD: Tensor, *args: Any) -> tuple[Tensor,
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q_BHLD, k_BKLD, *tensors, ctx.sizes, ctx.scale = inputs
-    ctx.save_for_backward(q_BHLD, k_BKLD, output[1], *tensors)
+    q_BHLD, k_BKLD, work, ctx.sizes, ctx.scale = inputs
+    ctx.save_for_backward(q_BHLD, k_BKLD, output[1], *work)
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
-    dq, dk = _backward_op(grad, *ctx.saved_tensors, ctx.sizes, ctx.scale)
-    return dq, dk, *[None] * 9
+    q_BHLD, k_BKLD, stats, *work = ctx.saved_tensors
+    dq, dk = _backward_op(grad, q_BHLD, k_BKLD, stats, work, ctx.sizes, ctx.scale)
+    return dq, dk, [None] * len(work), None, None
 
 
 _forward_op.register_autograd(_gradients, setup_context=_save)
@@ -424,17 +401,5 @@ def _local_mean(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, scale: float, 
         raise ValueError(f"{q_BHLD.shape[1]} query heads are not a multiple of {k_BKLD.shape[1]} kv heads")
     if not choose_triton("noun_attention", backend, q_BHLD, unsupported(q_BHLD, k_BKLD, table)):
         return noun_attention_reference(q_BHLD, k_BKLD, table, scale)
-    flat, _ = _forward_op(
-        q_BHLD,
-        k_BKLD,
-        table.clips,
-        table.items,
-        table.row_batch,
-        table.row_position,
-        table.row_parts,
-        table.key_index,
-        table.row_ranges,
-        table.sizes,
-        scale,
-    )
+    flat, _ = _forward_op(q_BHLD, k_BKLD, table.tensors, table.sizes, scale)
     return flat

@@ -1,5 +1,5 @@
-"""Promise: the Triton kernels compute what the reference computes, for any rows and keys, twice alike; they keep and take
-next to no memory; and the operator behaves as torch's own under compile, fake tensors and checkpointing.
+"""Promise: the Triton kernels compute what the reference computes, for any rows and keys, twice alike; they keep and
+take next to no memory; and the operator behaves as torch's own under compile, fake tensors and checkpointing.
 
 Values and gradients are checked in Triton's interpreter, on CPU tensors (`test_interpreted_*`, see interpreter.py). It
 says nothing of bf16's rounding or of a real device: those are the tests marked `gpu`.
@@ -233,8 +233,7 @@ def operator(monkeypatch):
 
 
 def op_arguments(q: Tensor, k: Tensor, table: WorkTable) -> tuple:
-    tensors = (table.clips, table.items, table.row_batch, table.row_position, table.row_parts)
-    return q, k, *tensors, table.key_index, table.row_ranges, list(table.sizes), 0.3
+    return q, k, table.tensors, list(table.sizes), 0.3
 
 
 def on_a_device(table: WorkTable) -> WorkTable:
@@ -392,11 +391,9 @@ def test_memory_at_32_rows_and_60_000_keys(monkeypatch, scope):
 
     @torch.no_grad()
     def triton_way():
-        _, _, *tensors, sizes, scale = op_arguments(q, k, table)
-        _, items, row_batch, row_position, row_parts, *optional = tensors
-        options = {"sizes": sizes, "scale": scale}
-        flat, stats = noun_attention_triton.forward(q, k, items, row_position, *optional, **options)
-        tensors = (items, row_batch, row_position, row_parts, *optional)
+        optional, options = (table.key_index, table.row_ranges), {"sizes": table.sizes, "scale": 1.0}
+        flat, stats = noun_attention_triton.forward(q, k, table.items, table.row_position, *optional, **options)
+        tensors = (table.items, table.row_batch, table.row_position, table.row_parts, *optional)
         return flat, *noun_attention_triton.backward(flat, q, k, stats, *tensors, **options)
 
     mega = {}
