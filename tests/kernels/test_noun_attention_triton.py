@@ -430,7 +430,13 @@ def plain(q: Tensor, k: Tensor, rows: list[Row], clip: ClipKeys, segments: int, 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize(
     ("num_rows", "grid", "scope"),
-    [(1, (16, 24, 32), "frame"), (5, (16, 24, 32), "frame"), (32, (16, 24, 32), "frame"), (8, (16, 32, 32), "clip")],
+    [
+        (1, (16, 24, 32), "frame"),
+        (5, (16, 24, 32), "frame"),
+        (32, (16, 24, 32), "frame"),
+        (8, (16, 32, 32), "clip"),
+        (4, (40, 12, 16), "frame"),
+    ],
 )
 def test_on_a_device_half_precision_is_as_exact_as_torch(num_rows, grid, scope, dtype):
     length = grid[0] * grid[1] * grid[2] + 2000
@@ -460,9 +466,11 @@ def test_on_a_device_fp32_equals_the_oracle(heads, kv_heads, dim, scope):
 
 
 @gpu
-def test_on_a_device_scattered_keys_compile_and_checkpointing():
+@pytest.mark.parametrize("scope", ["frame", "causal"])
+def test_on_a_device_scattered_keys_compile_and_checkpointing(scope):
     clips = [CLIPS[0]._replace(positions=[*range(5, 40, 3), *range(6, 42, 3)][:24]), *CLIPS[2:]]
-    table = build_work_table([Row(0, 58), Row(0, 30), Row(0, 30), Row(2, 50)], clips).to("cuda")
+    rows = [Row(*row, ((3, 61), (70, 75))) for row in [(0, 58), (0, 30), (0, 30), (2, 50)]]
+    table = build_work_table(rows, clips, scope).to("cuda")
     q, k = (x.cuda() for x in inputs(14, 2, 64))
     want = assert_equals_oracle(q, k, table, (2e-6, 1e-5, 1e-5), scale=0.2)
 
