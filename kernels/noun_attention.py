@@ -211,8 +211,8 @@ def _unfit(clips: Sequence[ClipKeys], table: Sequence[tuple[int, ...]], *, wide:
     for clip, (first_row, last_row, _, _, num_keys, _, lo, hi) in zip(clips, table):
         if first_row == last_row or not (hi - lo if wide else num_keys):
             continue
-        places = clip.positions if clip.positions is not None else range(clip.start, clip.start + num_keys)
-        if len(set(places)) < num_keys:
+        places = clip.positions if clip.positions is not None else (clip.start, clip.start + num_keys - 1)
+        if clip.positions is not None and len(set(places)) < num_keys:
             return "a key that stands twice in a clip"
         spans.append((clip.batch, lo, hi) if wide else (clip.batch, min(places), max(places) + 1))
     if any(a[0] == b[0] and a[2] > b[1] for a, b in pairwise(sorted(spans))):
@@ -225,13 +225,15 @@ def noun_attention_reference(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, s
     # Scores are taken in fp32 at least: rounded to bf16 they cost three digits of the map.
     dtype = torch.promote_types(q_BHLD.dtype, torch.float32)
     num_heads, num_kv_heads = q_BHLD.shape[1], k_BKLD.shape[1]
+    # The rows of all clips at once: every indexing of q costs the backward pass a gradient of q in full size.
+    q_HND = q_BHLD[table.row_batch, :, table.row_position].to(dtype).transpose(0, 1)
     maps = []
     for clip, ((first_row, last_row), (batch, first_key, num_keys)) in enumerate(zip(table.clip_rows, table.clip_keys)):
         if first_row == last_row or not num_keys:
             continue
         num_rows = last_row - first_row
-        q_HND = q_BHLD[batch, :, table.row_position[first_row:last_row]].to(dtype)
-        q_KMD = q_HND.reshape(num_kv_heads, -1, q_HND.shape[-1])  # M = G * N rows that share one kv head
+        # M = G * N rows that share one kv head
+        q_KMD = q_HND[:, first_row:last_row].reshape(num_kv_heads, -1, q_HND.shape[-1])
         lo, hi = (0, k_BKLD.shape[2]) if table.row_ranges is None else table.clip_range[clip]
         if table.key_index is None:
             columns: Tensor | slice = slice(first_key - lo, first_key - lo + num_keys)
