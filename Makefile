@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: env demo demo-short test test-all lint bench bench-report format docs demo-seeds clean
+.PHONY: env demo demo-short test test-all lint bench bench-report format docs kernel-resources demo-seeds clean
 
 env: $(STAMP)
 
@@ -57,6 +57,10 @@ format: env
 docs: env
 	$(BIN)/python -c "from swim.train.reference import reference; print(reference(), end='')" > docs/config.md
 	$(BIN)/swim data schema > data_tools/record.schema.json
+
+# What the kernels take of devices, compiled for them here: minutes on two cores. The tests compare.
+kernel-resources: env
+	$(BIN)/python tests/kernel_resources.py
 
 # docs/demo.md: the demo on three seeds, about five minutes each on two cores.
 demo-seeds: env

@@ -416,8 +416,8 @@ def sum_kernel(
     tl.store(pointer, total, mask=mask)
 
 
-def _blackwell() -> bool:
-    return not INTERPRETED and triton.runtime.driver.active.get_current_target().arch >= 100
+def _arch() -> int:
+    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
 
 
 def _blocks(q_BHLD: Tensor, k_BKLD: Tensor, max_rows: int) -> dict[str, Any]:
@@ -425,11 +425,14 @@ def _blocks(q_BHLD: Tensor, k_BKLD: Tensor, max_rows: int) -> dict[str, Any]:
     (_, heads, _, dim), kv_heads = q_BHLD.shape, k_BKLD.shape[1]
     width, pad = triton.next_power_of_2(heads // kv_heads), max(16, triton.next_power_of_2(dim))
     size = q_BHLD.element_size()
-    small = size == 2 and pad <= 128
-    lanes, keys = (16, 16) if size == 4 else (64, 64) if small else (32, 32)
+    # Backward, fp16 is multiplied as TF32, of twice the size.
+    small = q_BHLD.dtype == torch.bfloat16 and pad <= 128
+    lanes, keys = (16, 16) if size == 4 else (64, 64 if width < 64 else 32) if small else (32, 32)
     # At least 16 lanes, the least that a matrix product can add up.
     rows = max(min(triton.next_power_of_2(max_rows), lanes // width), 16 // width, 1)
     full = small and rows * width >= 64
+    # Left to itself, ptxas fits one more program on a processor: without spills for sm_90, for sm_80 with short heads.
+    free = full and width < 64 and _arch() in ((90,) if pad > 64 else (80, 86, 89, 90))
     dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[q_BHLD.dtype]
     return {
         "KV_HEADS": kv_heads,
@@ -443,8 +446,7 @@ def _blocks(q_BHLD: Tensor, k_BKLD: Tensor, max_rows: int) -> dict[str, Any]:
         "DOT": tl.float32 if INTERPRETED else dtype,
         "num_warps": 16 if size == 4 else 4 if small and not full else 8,
         "num_stages": 3 if small else 2,
-        # Left to itself ptxas fits one more program on a processor, by spilling a few bytes; not so bf16 before sm_100.
-        "maxnreg": 128 if size == 4 else None if full and dtype == tl.bfloat16 and not _blackwell() else 255,
+        "maxnreg": 128 if size == 4 else None if free else 255,
         "enable_fp_fusion": True,  # Triton 3.10 changes the default
     }
 

@@ -382,7 +382,7 @@ def test_memory_at_32_rows_and_60_000_keys(monkeypatch, scope):
     q, k = (torch.empty(1, 62_000, h, 128, dtype=torch.bfloat16, device="meta").transpose(1, 2) for h in (28, 4))
     q, k = q.requires_grad_(), k.requires_grad_()
     monkeypatch.setattr(module, "unsupported", lambda *_: None)
-    monkeypatch.setattr(noun_attention_triton, "_blackwell", lambda: False)
+    monkeypatch.setattr(noun_attention_triton, "_arch", lambda: 90)
     monkeypatch.setattr(jit.JITFunction, "run", lambda *_, **__: None)  # launches: what counts is made around them
 
     def torch_way():
