@@ -14,7 +14,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 from unittest.mock import patch
 
 import torch
@@ -22,7 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
 
-from swim.kernels import noun_attention_triton
+from swim.kernels import mask_loss_triton, noun_attention_triton
+from swim.kernels.mask_loss import LossKind, MapScale
 from swim.kernels.noun_attention import ClipKeys, Row, build_work_table
 
 TABLE = Path(__file__).parent / "kernels" / "resources.csv"
@@ -108,6 +109,25 @@ CASES = {
     for dtype, heads, kv_heads, dim, rows, always in SHAPES
     for form in FORMS
     if dim == 128 or form in ("frame", "scattered frame", "causal")
+}
+
+
+def pixel_sums(kind: str, scale: str, grid: tuple[int, int]) -> None:
+    """The paper's shape: 5 nouns in 16 frames of 480 x 854 pixels."""
+    log_map, packed = torch.empty(80, *grid, device="meta"), torch.empty(80, 480, 107, dtype=torch.uint8, device="meta")
+    mask_loss_triton.pixel_sums(log_map, packed, 854, kind, scale)
+
+
+# A grid of few columns has wide patches, and fewer of them in a program.
+GRIDS = ((17, 31), (6, 11))
+CASES |= {
+    f"pixel_sums {kind}, {scale}, {grid[0]}x{grid[1]}": Case(
+        partial(pixel_sums, kind, scale, grid),
+        always=grid == GRIDS[0] and (kind, scale) in {("bce", "none"), ("bce", "minmax"), ("dice", "max")},
+    )
+    for kind in get_args(LossKind)
+    for scale in get_args(MapScale)
+    for grid in GRIDS
 }
 
 
