@@ -42,10 +42,12 @@ def choose_triton(operator: str, backend: Backend, like: Tensor, reason: str | N
         return True
     if backend == "triton":
         raise ValueError(f"{operator} has no Triton kernel for {reason}; use backend 'auto' or 'torch'")
-    if (
-        not torch.compiler.is_compiling()
-        and (line := f"{operator} runs in torch, not in Triton: {reason}") not in _logged
-    ):
+    _say_once(f"{operator} runs in torch, not in Triton: {reason}")
+    return False
+
+
+@torch.compiler.assume_constant_result  # runs while tracing
+def _say_once(line: str) -> None:
+    if line not in _logged:
         _logged.add(line)
         _log.warning("%s", line)
-    return False

@@ -29,6 +29,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from swim.kernels.backend import INTERPRETED, Backend, choose_triton, without_triton
@@ -236,6 +237,7 @@ def _save_slopes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.mark_non_differentiable(output[1])
 
 
+@once_differentiable
 def _apply_slopes(ctx: Any, grad_N3: Tensor, _: Any) -> tuple[Any, ...]:
     (slopes_NSYX,) = ctx.saved_tensors
     weights_NS11 = grad_N3[:, : slopes_NSYX.shape[1], None, None]

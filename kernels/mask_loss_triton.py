@@ -106,7 +106,7 @@ def _true_side(share, inside, above_floor, size, KIND: tl.constexpr, SCALE: tl.c
     m = share
     if SCALE == "none":
         m = share * size
-    capped = tl.minimum(m, 1 - MIN_COMPLEMENT)
+    capped = tl.minimum(m, 1 - MIN_COMPLEMENT, propagate_nan=tl.PropagateNan.ALL)
     chosen = tl.where(inside, share, 1 - capped)
     inverse = _inverse(chosen)
     falling = -inverse

@@ -20,6 +20,7 @@ clips, S keys in a clip's softmax ranges, I items.
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, get_args
@@ -72,6 +73,7 @@ class WorkTable:
     row_parts: Tensor  # (N, 5) int64, see `_work_items`
     sizes: tuple[int, ...]  # map values, statistics, parts of dq; most rows, keys and splits of any item, last wave
     unfit: str | None  # why Triton cannot take this table
+    least_shape: tuple[int, int] = (0, 0)  # batch rows and columns that q and k must have
 
     @property
     def num_rows(self) -> int:
@@ -97,8 +99,8 @@ class WorkTable:
 
 
 def build_work_table(rows: Sequence[Row], clips: Sequence[ClipKeys], scope: Scope = "frame") -> WorkTable:
-    """Work table of `rows`, which must be sorted by clip; ValueError if they are not, or if a wide scope lacks
-    ranges."""
+    """Work table of `rows`, which must be sorted by clip; ValueError if they are not, if a wide scope lacks ranges, or
+    for a negative place."""
     clip_of_row = [row.clip for row in rows]
     if clip_of_row != sorted(clip_of_row) or any(not 0 <= clip < len(clips) for clip in clip_of_row):
         raise ValueError(
@@ -121,9 +123,8 @@ def build_work_table(rows: Sequence[Row], clips: Sequence[ClipKeys], scope: Scop
                 f"give {num_keys}"
             )
         first_row, last_row = bisect_left(clip_of_row, number), bisect_right(clip_of_row, number)
-        places = clip.positions if clip.positions is not None else (clip.start, clip.start + num_keys - 1)
         bounds = [bound for row in rows[first_row:last_row] for span in row.ranges for bound in span]
-        bounds += [min(places), max(places) + 1] if num_keys else []
+        bounds += [bound + i for i, bound in enumerate(_ends(clip, num_keys))] if num_keys else []
         clip_rows.append((first_row, last_row))
         clip_keys.append((clip.batch, len(index) if scattered else clip.start, num_keys))
         clip_segments.append(steps if scope == "frame" else 1)
@@ -142,6 +143,12 @@ def build_work_table(rows: Sequence[Row], clips: Sequence[ClipKeys], scope: Scop
             origins[number] = lo - len(index)
             slots = dict(zip(index[first_key : first_key + num_keys], range(num_keys)))
             index.extend(slots.get(column, -1) for column in range(lo, hi))
+    # Kernels check nothing: what a table names must be there.
+    batches, places = [clip.batch for clip in clips], [(row.position, row.position) for row in rows]
+    places += [(first, last - 1) for row in rows for first, last in row.ranges]
+    places += [_ends(clip, line[4]) for clip, line in zip(clips, table) if line[4]]
+    if (least := min([*batches, *(first for first, _ in places)], default=0)) < 0:
+        raise ValueError(f"{least} is the smallest batch row or column of rows, ranges and keys; count from 0")
     items, parts, sizes = _work_items(table, queries, origins, wide=wide)
     return WorkTable(
         row_batch=torch.tensor([clips[clip].batch for clip in clip_of_row], dtype=torch.int64),
@@ -157,7 +164,15 @@ def build_work_table(rows: Sequence[Row], clips: Sequence[ClipKeys], scope: Scop
         row_parts=torch.tensor(parts, dtype=torch.int64).view(-1, 5),
         sizes=sizes,
         unfit=_unfit(clips, table, wide=wide),
+        least_shape=(max(batches, default=-1) + 1, max((last for _, last in places), default=-1) + 1),
     )
+
+
+def _ends(clip: ClipKeys, num_keys: int) -> tuple[int, int]:
+    """First and last column of a clip's keys."""
+    if clip.positions is not None:
+        return min(clip.positions), max(clip.positions)
+    return clip.start, clip.start + num_keys - 1
 
 
 def _work_items(
@@ -211,10 +226,10 @@ def _unfit(clips: Sequence[ClipKeys], table: Sequence[tuple[int, ...]], *, wide:
     for clip, (first_row, last_row, _, _, num_keys, _, lo, hi) in zip(clips, table):
         if first_row == last_row or not (hi - lo if wide else num_keys):
             continue
-        places = clip.positions if clip.positions is not None else (clip.start, clip.start + num_keys - 1)
-        if clip.positions is not None and len(set(places)) < num_keys:
+        if clip.positions is not None and len(set(clip.positions)) < num_keys:
             return "a key that stands twice in a clip"
-        spans.append((clip.batch, lo, hi) if wide else (clip.batch, min(places), max(places) + 1))
+        first, last = _ends(clip, num_keys)
+        spans.append((clip.batch, lo, hi) if wide else (clip.batch, first, last + 1))
     if any(a[0] == b[0] and a[2] > b[1] for a, b in pairwise(sorted(spans))):
         return "clips whose keys interleave"
     return None
@@ -222,7 +237,13 @@ def _unfit(clips: Sequence[ClipKeys], table: Sequence[tuple[int, ...]], *, wide:
 
 def noun_attention_reference(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, scale: float) -> Tensor:
     """The specification, in differentiable torch: flat fp32 maps (sum of map sizes,); see the module's formula."""
-    # Scores are taken in fp32 at least: rounded to bf16 they cost three digits of the map.
+    # Scores are taken in fp32 at least, whatever autocast wants: rounded to bf16 they cost three digits of the map.
+    device = q_BHLD.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        return _reference(q_BHLD, k_BKLD, table, scale)
+
+
+def _reference(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, scale: float) -> Tensor:
     dtype = torch.promote_types(q_BHLD.dtype, torch.float32)
     num_heads, num_kv_heads = q_BHLD.shape[1], k_BKLD.shape[1]
     # The rows of all clips at once: every indexing of q costs the backward pass a gradient of q in full size.
@@ -248,7 +269,8 @@ def noun_attention_reference(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, s
             key_S = torch.arange(lo, hi, device=q_BHLD.device)
             seen_NS = ((key_S >= ranges_N4[:, 0::2]) & (key_S < ranges_N4[:, 1::2])).any(1)
             unseen_MS = ~seen_NS.repeat(num_heads // num_kv_heads, 1)
-            weights = scores_KMS.masked_fill(unseen_MS, -torch.inf).softmax(-1)[..., columns]
+            # Filled again: a row that sees nothing has a map of zeros.
+            weights = scores_KMS.masked_fill(unseen_MS, -torch.inf).softmax(-1).masked_fill(unseen_MS, 0)[..., columns]
         maps.append(weights.view(num_heads, num_rows, num_keys).mean(0).flatten())
     return torch.cat(maps) if maps else q_BHLD.new_zeros(0, dtype=dtype)
 
@@ -277,7 +299,7 @@ def _reference_gradients(
     if not flat.requires_grad:  # no rows, no keys
         return torch.zeros_like(q_BHLD), torch.zeros_like(k_BKLD)
     dq, dk = torch.autograd.grad(flat, (q_BHLD, k_BKLD), grad)
-    return dq, dk
+    return torch.empty_like(q_BHLD).copy_(dq), torch.empty_like(k_BKLD).copy_(dk)  # strides as the kernels give them
 
 
 def _with_none(work: Sequence[Tensor]) -> list[Tensor | None]:
@@ -401,6 +423,14 @@ def noun_attention(
 def _local_mean(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, scale: float, backend: Backend) -> Tensor:
     if q_BHLD.shape[1] % k_BKLD.shape[1]:
         raise ValueError(f"{q_BHLD.shape[1]} query heads are not a multiple of {k_BKLD.shape[1]} kv heads")
+    shapes = f"q {tuple(q_BHLD.shape)} and k {tuple(k_BKLD.shape)}"
+    if q_BHLD.shape[0] != k_BKLD.shape[0] or q_BHLD.shape[2:] != k_BKLD.shape[2:]:
+        raise ValueError(f"{shapes} may differ in their heads alone")
+    if any(size < least for size, least in zip((q_BHLD.shape[0], q_BHLD.shape[2]), table.least_shape)):
+        raise ValueError(f"{shapes} are too small for a table of {table.least_shape} batch rows and columns")
+    if not q_BHLD.device == k_BKLD.device == table.clips.device:
+        devices = f"{q_BHLD.device}, {k_BKLD.device} and {table.clips.device}"
+        raise ValueError(f"q, k and the table are on {devices}; bring them together, the table by table.to(q.device)")
     if not choose_triton("noun_attention", backend, q_BHLD, unsupported(q_BHLD, k_BKLD, table)):
         return noun_attention_reference(q_BHLD, k_BKLD, table, scale)
     flat, _ = _forward_op(q_BHLD, k_BKLD, table.tensors, table.sizes, scale)

@@ -175,7 +175,7 @@ def _segment_lse(stats, item, tile, HEADS: tl.constexpr):
     for split in range(item.num_splits):
         lse = tl.load(stats + _stat(item, split, tile, HEADS), mask=tile.live, other=float("-inf"))
         top, total = _add_exp2(top, total, lse, tl.full(tile.row.shape, 1.0, tl.float32))
-    return tl.where(top == float("-inf"), float("inf"), top + tl.log2(total))
+    return tl.where(total == 0, float("inf"), top + tl.log2(total))
 
 
 @triton.jit
@@ -273,7 +273,7 @@ def map_kernel(
             queries = _queries(q, q_strides, work, item, tile, DIM, PAD, DOT)
             lse = _item_lse(queries, k, k_strides, work, item, tile, kv, scale2, DIM, PAD, KEYS, DOT)
             tl.store(stats + _stat(item, item.split, tile, KV_HEADS * GROUP), lse, mask=tile.live)
-            lse = tl.where(tile.live & (lse > float("-inf")), lse, float("inf"))
+            lse = tl.where(tile.live & (lse != float("-inf")), lse, float("inf"))
             all_lse = tl.where(heads == kv, lse[None, :], all_lse)
     for start in range(tl.program_id(1) * KEYS, item.num_keys, tl.num_programs(1) * KEYS):
         number = start + tl.arange(0, KEYS)
@@ -475,7 +475,8 @@ def forward(
     if not len(items):
         return flat, stats
     work = Work(items, row_position, key_index, row_ranges)
-    blocks = _blocks(q_BHLD, k_BKLD, max_rows)
+    with torch.cuda.device_of(q_BHLD):
+        blocks = _blocks(q_BHLD, k_BKLD, max_rows)
     tiles = triton.cdiv(max_rows, blocks["ROWS"])
     kv_heads, fused = k_BKLD.shape[1], max_splits == 1
     arguments = (work, q_BHLD.stride(), k_BKLD.stride(), tiles, scale * math.log2(math.e))
@@ -514,7 +515,8 @@ def backward(
     deltas = torch.empty_like(stats)
     partial = stats.new_empty(num_parts, heads, dim)
     work = Work(items, row_position, key_index, row_ranges)
-    blocks = _blocks(q_BHLD, k_BKLD, max_rows)
+    with torch.cuda.device_of(q_BHLD):
+        blocks = _blocks(q_BHLD, k_BKLD, max_rows)
     types = _gradient_type(q_BHLD.dtype)
     tiles, key_blocks = triton.cdiv(max_rows, blocks["ROWS"]), triton.cdiv(max_keys, blocks["KEYS"])
     kv_heads, fused = k_BKLD.shape[1], max_splits == 1

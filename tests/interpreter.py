@@ -15,6 +15,14 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interprete
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="needs no interpreter")
 
 
+if INTERPRETED:
+    # A GPU's minimum and maximum forget NaN unless told otherwise; numpy's, which the interpreter takes, do not.
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    InterpreterBuilder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
+    InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
+
+
 def run_interpreted(file: str) -> None:
     import triton
 

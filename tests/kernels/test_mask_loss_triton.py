@@ -164,8 +164,9 @@ def test_interpreted_a_diffuse_map_has_an_exact_loss():
 def assert_nan_stays(kind: str, scale: str, device: str) -> None:
     log_map, mask = (x.to(device) for x in inputs((3, 3), (6, 7), frames=2))
     log_map[0, 1, 1] = torch.nan
-    mask[0] = True
-    for backend in ("triton", "torch"):
+    for inside, backend in itertools.product((True, False), ("triton", "torch")):
+        mask[0] = inside
+        mask[0, 0, 0] = True  # every mask has something
         sums, slopes = sums_and_slopes(log_map, bits(mask), 7, kind, scale, backend)
         assert sums[0, :2].isnan().any(), backend
         assert slopes[0].isnan().any(), backend
@@ -239,6 +240,15 @@ def test_only_the_slopes_are_kept_for_the_backward_pass(operator):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         operator(log_map.requires_grad_(), bits(mask), "bce", "max")
     assert [tuple(x.shape) for x in kept] == [(3, 1, 3, 4)]
+
+
+def test_there_is_no_second_derivative(operator):
+    """It would leave out that slopes depend on the map."""
+    log_map, mask = inputs((3, 4), (10, 13))
+    sums = operator(log_map.requires_grad_(), bits(mask), "dice", "none")
+    (slopes,) = torch.autograd.grad(sums.square().sum(), log_map, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slopes.sum().backward()
 
 
 def test_what_does_not_fit_is_named(monkeypatch, caplog):

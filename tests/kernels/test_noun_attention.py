@@ -200,3 +200,42 @@ def test_errors_name_what_is_wrong():
         noun_attention(q, k, table, scale=SCALE, backend="cuda")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"3 query heads are not a multiple of 2 kv heads"):
         noun_attention(q[:, :3], k, table, scale=SCALE)
+
+
+def test_rows_and_keys_must_be_in_q_and_k():
+    """A kernel would read beyond them."""
+    q, k = torch.randn(2, 4, 40, 8), torch.randn(2, 2, 40, 8)
+    clip = ClipKeys(1, 5, (2, 3, 4))
+    for rows, clips in [
+        ([Row(0, 40)], [clip]),
+        ([Row(0, 3)], [clip._replace(batch=2)]),
+        ([Row(0, 3)], [clip._replace(start=17)]),
+        ([Row(0, 3)], [clip._replace(positions=[*range(23), 40])]),
+        ([Row(0, 3, ((0, 41),))], [clip]),
+    ]:
+        table = build_work_table(rows, clips, "causal" if rows[0].ranges else "frame")
+        with pytest.raises(ValueError, match=r"are too small for a table of \([23], \d+\) batch rows and columns"):
+            noun_attention(q, k, table, scale=1.0)
+    table = build_work_table([Row(0, 39)], [clip._replace(start=16)])
+    assert noun_attention(q, k, table, scale=1.0).shape == (24,)
+    for other in (k[:1], k[:, :, :39], k[..., :4]):
+        with pytest.raises(ValueError, match="may differ in their heads alone"):
+            noun_attention(q, other, table, scale=1.0)
+    with pytest.raises(ValueError, match=r"on cpu, cpu and meta; bring them together, the table by table\.to"):
+        noun_attention(q, k, table.to("meta"), scale=1.0)
+    for rows, clips in [
+        ([Row(0, -1)], [clip]),
+        ([Row(0, 1)], [clip._replace(batch=-1)]),
+        ([Row(0, 1)], [clip._replace(start=-1)]),
+        ([Row(0, 1, ((-1, 3),))], [clip]),
+    ]:
+        with pytest.raises(ValueError, match="-1 is the smallest batch row or column of rows, ranges and keys"):
+            build_work_table(rows, clips, "causal" if rows[0].ranges else "frame")
+
+
+def test_maps_are_fp32_under_autocast():
+    q, k = torch.randn(1, 4, 40, 8), torch.randn(1, 2, 40, 8)
+    table = build_work_table([Row(0, 39)], [ClipKeys(0, 5, (2, 3, 4))])
+    want = noun_attention(q, k, table, scale=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(noun_attention(q, k, table, scale=1.0), want)

@@ -21,11 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from swim.kernels import backend as backends
 from swim.kernels import noun_attention as module
+from swim.kernels.backend import choose_triton
 from swim.kernels.noun_attention import ClipKeys, Row, WorkTable, build_work_table, noun_attention
 
 LENGTH = 90
 CLIPS = [ClipKeys(1, 5, (3, 2, 4)), ClipKeys(1, 40, (1, 1, 1)), ClipKeys(2, 2, (2, 2, 2)), ClipKeys(0, 7, (4, 3, 2))]
 ROWS = [Row(*row) for row in [(0, 58), (0, 30), (0, 30), (1, 59), (3, 50), (3, 35), (3, 3)]]
+WIDE = [row._replace(ranges=((3, 61), (70, 75))) for row in ROWS]
 
 
 def inputs(heads: int, kv_heads: int, dim: int, *, batch: int = 3, length: int = LENGTH, dtype=torch.float32, seed=0):
@@ -208,6 +210,27 @@ def test_interpreted_an_offset_of_the_gradient_costs_less_than_bf16(scope):
 
 
 @interpreted
+@pytest.mark.parametrize("scope", ["frame", "clip", "causal", "full"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_interpreted_what_is_not_finite_is_seen(scope, value):
+    """A key that has gone wrong makes the whole of its segment's maps NaN, as it does in torch."""
+    table = build_work_table(WIDE[:3], CLIPS[:1], scope)
+    q, k = inputs(4, 2, 16)
+    k[1, 0, 20] = value
+    got, want = (noun_attention(q, k, table, scale=0.2, backend=backend) for backend in ("triton", "torch"))
+    assert torch.equal(got.isnan(), want.isnan())
+    assert want.isnan().any()
+
+
+@interpreted
+def test_interpreted_a_row_that_sees_nothing_has_a_map_of_zeros():
+    rows = [Row(0, 58, ((5, 5),)), Row(0, 30, ((5, 30),)), Row(0, 31, ((60, 80),))]
+    q, k = inputs(4, 2, 16)
+    flat, *_ = assert_equals_oracle(q, k, build_work_table(rows, CLIPS[:1], "causal"))
+    assert [bool(row.any()) for row in flat.split(24)] == [False, True, False]
+
+
+@interpreted
 @pytest.mark.parametrize("compiled", [False, True])
 def test_interpreted_checkpointing(compiled):
     table = build_work_table(ROWS, CLIPS)
@@ -242,9 +265,6 @@ def on_a_device(table: WorkTable) -> WorkTable:
     return replace(table, **{n: torch.empty(t.shape, dtype=t.dtype, device="cuda") for n, t in tensors.items()})
 
 
-WIDE = [row._replace(ranges=((3, 61), (70, 75))) for row in ROWS]
-
-
 @pytest.mark.parametrize("scope", ["frame", "clip", "causal"])
 def test_the_operator_equals_the_reference(operator, scope):
     table = build_work_table(WIDE, CLIPS, scope)
@@ -257,9 +277,13 @@ def test_the_operator_equals_the_reference(operator, scope):
 
 
 @pytest.mark.parametrize("scope", ["frame", "causal"])
-def test_opcheck(scope):
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_opcheck(scope, tokens_first):
     table = build_work_table(WIDE, CLIPS, scope)
-    q, k = (x.requires_grad_() for x in inputs(4, 2, 16))
+    q, k = inputs(4, 2, 16)
+    if tokens_first:  # as models hand them over
+        q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
+    q, k = q.requires_grad_(), k.requires_grad_()
     arguments = op_arguments(q, k, table)
     flat, stats = torch.ops.swim.noun_attention(*arguments)
     torch.library.opcheck(torch.ops.swim.noun_attention.default, arguments)
@@ -328,9 +352,19 @@ def test_auto_falls_back_with_one_line(monkeypatch, caplog):
     monkeypatch.setattr(backends, "HAS_TRITON", True)
     monkeypatch.setattr(module, "noun_attention_reference", lambda *_: "torch")
     with FakeTensorMode(), caplog.at_level(logging.WARNING):
+        table = on_a_device(table)
         q, k = (torch.empty(3, h, LENGTH, 16, dtype=torch.float64, device="cuda") for h in (4, 2))
         assert [noun_attention(q, k, table, scale=1.0) for _ in range(3)] == ["torch"] * 3
     assert caplog.messages == ["noun_attention runs in torch, not in Triton: dtypes torch.float64 and torch.float64"]
+
+
+def test_a_compiled_model_says_so_too(monkeypatch, caplog):
+    monkeypatch.setattr(backends, "_logged", set())
+    run = torch.compile(lambda x: x + choose_triton("rows", "auto", x, "a reason"), backend="eager", fullgraph=True)
+    with FakeTensorMode(), caplog.at_level(logging.WARNING):
+        x = torch.empty(3, device="cuda")
+        run(x), run(x)
+    assert caplog.messages == ["rows runs in torch, not in Triton: a reason"]
 
 
 # Memory, of meta tensors: their sizes are those of real ones.
