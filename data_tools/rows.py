@@ -32,7 +32,9 @@ class Row:
     def name(self) -> str:
         """What the row calls itself, else its number."""
         value = self.value if isinstance(self.value, dict) else {}
-        named = next((value[key] for key in ("index", "id", "key") if value.get(key) not in (None, "")), None)
+        named = next(
+            (value[key] for key in ("index", "id", "key", "video_id") if value.get(key) not in (None, "")), None
+        )
         return f"{named:.80}" if isinstance(named, str) else f"record_{self.number if named is None else named!r:.80}"
 
     def error(self, field: str, problem: str) -> RecordError:
