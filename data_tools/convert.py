@@ -6,6 +6,7 @@ size. The second pass reads the rows of one shard, so that any process can make 
 who makes the others. A finished shard has a mark in `.done` with the digest of what it was made from.
 """
 
+import fcntl
 import hashlib
 import io
 import itertools
@@ -22,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, cast
@@ -196,9 +198,7 @@ def _files(source: Source, inputs: Sequence[Path]) -> list[Path]:
     for item in inputs:
         found = sorted(item.rglob(source.pattern)) if item.is_dir() else [item]
         if not found:
-            raise RecordError(
-                f"{item}: no file {source.pattern!r} in it; give the files or folders of a {source.name} set"
-            )
+            raise RecordError(f"{item}: no file {source.pattern!r} in it; give the files of a {source.name} set")
         files += found
     for file in files:
         if not file.is_file():
@@ -297,7 +297,7 @@ def _prepare(run: _Run, mine: list[_Shard], num_shards: int, part: tuple[int, in
         if mark is not None and mark["digest"] != shard.digest and not overwrite:
             name = _shard_name(shard.number)
             raise ShardError(f"{run.out / name}, made from other records or videos, already exists; {remedy}")
-        if mark is None or mark["digest"] != shard.digest or not all((run.out / s).is_file() for s in mark["shards"]):
+        if not _finished(run.out, shard):
             todo.append(shard)
     done.mkdir(parents=True, exist_ok=True)
     for path in done.glob("*.json"):
@@ -317,6 +317,13 @@ def _shard_name(number: int) -> str:
 def _read_mark(done: Path, number: int) -> dict[str, Any] | None:
     path = done / f"{number:06d}.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _finished(out: Path, shard: _Shard) -> dict[str, Any] | None:
+    """The mark of a shard that is there and made from the same."""
+    mark = _read_mark(out / DONE_FOLDER, shard.number)
+    there = mark is not None and mark["digest"] == shard.digest and all((out / s).is_file() for s in mark["shards"])
+    return mark if there else None
 
 
 def _clear(out: Path, number: int) -> None:
@@ -380,7 +387,16 @@ def _make_in_worker(shard: _Shard) -> dict[str, Any]:
 
 
 def _make(run: _Run, shard: _Shard) -> dict[str, Any]:
-    """Write one shard and, at last, its mark."""
+    """Write one shard and, at last, its mark, unless another process has done so meanwhile."""
+    done = run.out / DONE_FOLDER
+    with (done / "lock").open("a") as lock:
+        # A worker of a run that was killed a moment ago may still be at this shard.
+        with suppress(OSError):  # not every file system has locks
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, shard.number)
+        return _finished(run.out, shard) or _write_shard(run, shard)
+
+
+def _write_shard(run: _Run, shard: _Shard) -> dict[str, Any]:
     _clear(run.out, shard.number)
     clips, kept = 0, 0
     skipped: list[dict[str, Any]] = []
