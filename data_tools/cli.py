@@ -14,13 +14,15 @@ from rich.progress import track
 from swim.data_tools.convert import SKIPPED_FILE, convert
 from swim.data_tools.records import record_schema
 from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, index_shard
-from swim.data_tools.sources import nl_refer
+from swim.data_tools.sources import conversations, jsonl, llava_video, nl_refer, sav, videorefer
 from swim.data_tools.synth import synthesise
 from swim.data_tools.video import VideoError, decode_frames, probe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make, convert, index, check and show shards.")
 
-SOURCES = {module.SOURCE.name: module.SOURCE for module in (nl_refer,)}
+SOURCES = {
+    module.SOURCE.name: module.SOURCE for module in (nl_refer, videorefer, sav, llava_video, conversations, jsonl)
+}
 _T = TypeVar("_T")
 Folder = Annotated[Path, typer.Argument(help="Folder of shards.")]
 

@@ -151,6 +151,7 @@ _ROW = np.dtype(
     [("file", "<u4"), ("number", "<u4"), ("start", "<u8"), ("size", "<u4"), ("clip", "<u4"), ("digest", "<u8")]
 )
 _CLIP = np.dtype([("size", "<u8"), ("time", "<i8")])
+_NAMED = re.compile(r"^record (?:'.*?'|\".*?\"), ")
 _CLIP_OVERHEAD = 4096  # bytes of a sample in a tar that are neither video nor rows
 
 
@@ -481,7 +482,7 @@ def slug(name: str) -> str:
 
 def _skip(row: Row, video: str | None, error: RecordError) -> dict[str, Any]:
     reason = str(error)
-    named = re.match(r"record '.*?', ([\w.\[\]{} ]+): ", reason)
+    named = re.match(_NAMED.pattern + r"([\w.\[\] ]+): ", reason)
     own = row.name if row.name != f"record_{row.number}" else None
     place = {"file": row.file.name, "number": row.number, "index": own, "video": video}
     return {**place, "field": named[1] if named else None, "reason": reason}
@@ -525,6 +526,10 @@ def _check(run: _Run, row: Row, part: Part, clip: _Clip | None) -> tuple[Record,
         "objects": part.objects,
         "conversations": part.conversations,
     }
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise row.error("text", f"{error.object[error.start]!r} is half a character; write valid Unicode") from None
     return parse_sample(slug(row.name), values, part.masks)
 
 
@@ -615,6 +620,5 @@ def _report(run: _Run, mine: list[_Shard]) -> Summary:
 
 def _kind(line: Mapping[str, Any]) -> str:
     """A reason without what differs from record to record."""
-    reason = re.sub(r"^record '.*?', ", "", line["reason"])
-    reason = re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*", "…", reason)
+    reason = re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*", "…", _NAMED.sub("", line["reason"]))
     return re.sub(r"\d+(\.\d+)?", "N", reason)

@@ -44,7 +44,8 @@ class Row:
     def get(self, field: str, kind: type, default: Any = None) -> Any:
         """Value of a field that must be a `kind`; RecordError otherwise, and for a missing one without default."""
         if not isinstance(self.value, dict):
-            raise self.error("record", f"{self.value!r:.80} is not a JSON object; write one object per record")
+            what = "it is not JSON" if self.value is None else f"{self.value!r:.80} is not a JSON object"
+            raise self.error("record", f"{what}; write one object per record")
         found = self.value.get(field)
         found = default if found is None else found
         if not isinstance(found, kind):

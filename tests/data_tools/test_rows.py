@@ -105,5 +105,5 @@ def test_rows_name_themselves_and_their_fields() -> None:
     assert Row(Path("f"), 3, None).name == "record_3"
     with pytest.raises(RecordError, match=r"record 'x', videos: 'a' is not a list; correct it"):
         Row(Path("f"), 3, {"id": "x", "videos": "a"}).get("videos", list)
-    with pytest.raises(RecordError, match=r"record 'record_3', record: None is not a JSON object"):
+    with pytest.raises(RecordError, match=r"record 'record_3', record: it is not JSON"):
         Row(Path("f"), 3, None).get("videos", list)
