@@ -128,6 +128,19 @@ def test_the_example_of_the_data_page_runs(synth_folder: Path, tmp_path: Path, m
     assert _run("check", "shards/mine").stdout == "1 good samples, 0 bad\n"
 
 
+def test_the_line_of_the_data_page_converts(synth_folder: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (line,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "cup.mp4").write_bytes(ShardSet(synth_folder).read(0).media())
+    (tmp_path / "mine.jsonl").write_text(json.dumps(json.loads(line)) + "\n")
+    assert _run("convert", "jsonl", tmp_path / "mine.jsonl", "--out", tmp_path / "out", "--strict").exit_code == 0
+    sample = ShardSet(tmp_path / "out").read(0)
+    assert sample.masks["cup"][5] is None
+    assert sample.masks["cup"][0] is not None
+    assert _run("check", tmp_path / "out").exit_code == 0
+
+
 def test_data_tools_need_neither_torch_nor_the_trainer() -> None:
     code = (
         "import sys, swim.data_tools.cli, swim.data_tools.plan\n"
