@@ -190,7 +190,7 @@ def convert(
             progress.advance(writing, mark["kept"] + len(mark["skipped"]))
             names = ", ".join(mark["shards"]) or "no shard"
             counts = f"{mark['clips']} clips, {mark['kept']} records kept, {len(mark['skipped'])} skipped"
-            console.print(f"{names}: {counts}", highlight=False, markup=False)
+            console.print(f"{names}: {counts}", highlight=False, markup=False, soft_wrap=True)
     return _report(run, mine)
 
 
@@ -595,7 +595,8 @@ def _restate(record: Record, masks: Masks, clip: _Clip | None) -> tuple[Record, 
     for conversation in record.conversations:
         span = conversation.span
         if span is not None:
-            span = bisect_left(clip.frame_map, span[0]), bisect_right(clip.frame_map, span[1]) - 1
+            first, last = bisect_left(clip.frame_map, span[0]), bisect_right(clip.frame_map, span[1]) - 1
+            span = min(first, last), max(first, last)  # its neighbours, where no stored frame shows any of it
         conversations.append(conversation.model_copy(update={"span": span}))
     media = Media(member=clip.member, kind="video", **vars(clip.stored), frame_map=clip.frame_map)
     update = {"media": [media], "objects": objects, "conversations": conversations}

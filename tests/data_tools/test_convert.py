@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 from swim.data_tools import convert as engine
 from swim.data_tools.cli import app
 from swim.data_tools.convert import DONE_FOLDER, SKIPPED_FILE, Summary, convert
+from swim.data_tools.records import Record, Rle
 from swim.data_tools.rle import decode_mask, encode_mask
 from swim.data_tools.shards import ShardError, ShardSet
 from swim.data_tools.sources.nl_refer import SOURCE
-from swim.data_tools.video import encode_video
+from swim.data_tools.video import VideoInfo, encode_video
 
 MASK = np.zeros((32, 48), bool)
 MASK[4:20, 2:10] = True
@@ -293,6 +294,47 @@ def test_canonical_video_keeps_masks_on_their_frames(clips: Path, tmp_path: Path
     (mask,) = {rle for frames in sample.masks.values() for rle in frames.values() if rle is not None}
     np.testing.assert_array_equal(decode_mask(mask), MASK, "masks keep their own size")
     assert CliRunner().invoke(app, ["check", str(tmp_path)]).stdout == "12 good samples, 0 bad\n"
+
+
+def test_masks_boxes_and_spans_move_with_the_frames() -> None:
+    stored = VideoInfo(16, 24, 5, 5)
+    source = VideoInfo(32, 48, 4, 4)
+    # Frame 1 of the source is shown by no stored frame, frame 0 by two, frame 3 by two.
+    clip = engine._Clip(b"", "mp4", stored, source, [0, 0, 2, 3, 3])
+    mask = Rle(**encode_mask(MASK))
+    turns = [{"role": "user", "text": "a"}, {"role": "assistant", "text": "b"}]
+    spans = [(0, 0), (1, 2), (2, 3), (1, 1)]
+    record = Record.model_validate(
+        {
+            "source": "s",
+            "license": "l",
+            "media": [{"member": "mp4", "kind": "video", **vars(source)}],
+            "objects": [{"id": "a", "label": "a", "boxes": {0: (2, 4, 10, 20), 1: (0, 0, 1, 1)}}],
+            "conversations": [{"task": "t", "turns": turns, "span": span} for span in spans],
+        }
+    )
+    moved, masks = engine._restate(record, {"a": {0: mask, 1: mask, 2: None, 3: mask}}, clip)
+    assert masks == {"a": {0: mask, 1: mask, 2: None, 3: mask, 4: mask}}
+    assert moved.objects[0].boxes == {0: (1, 2, 5, 10), 1: (1, 2, 5, 10)}
+    assert [conversation.span for conversation in moved.conversations] == [(0, 1), (2, 2), (2, 4), (1, 2)]
+    assert moved.media[0].frame_map == [0, 0, 2, 3, 3]
+    assert (moved.media[0].height, moved.media[0].num_frames) == (16, 5)
+
+
+def test_a_video_that_grows_goes_to_a_further_tar(clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = _convert(clips, tmp_path / "one", max_bytes=1 << 20)
+    grown = (clips / "videos" / "v0.mp4").read_bytes() + bytes(200_000)
+    info = VideoInfo(32, 48, 6, 6)
+    clip = engine._Clip(grown, "mp4", info, info, None)
+    monkeypatch.setattr(engine, "_load", lambda *_: clip)
+    # The video that was missing is there too.
+    assert _convert(clips, tmp_path / "out", max_bytes=1 << 20).clips == whole.clips + 1
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.tar"))
+    assert names == ["shard-000000.1.tar", "shard-000000.2.tar", "shard-000000.3.tar", "shard-000000.tar"]
+    assert all((tmp_path / "out" / name).stat().st_size <= 1.1 * (1 << 20) for name in names)
+    assert len(ShardSet(tmp_path / "out")) == whole.clips + 1
+    mark = json.loads((tmp_path / "out" / DONE_FOLDER / "000000.json").read_text())
+    assert sorted(mark["shards"]) == names
 
 
 HOSTILE: dict[str, tuple[str, str]] = {
