@@ -98,7 +98,7 @@ def convert_command(
     )
     print(f"{summary.kept} records kept in {summary.clips} clips, {summary.skipped} skipped")
     for reason, count in summary.reasons.most_common(10):
-        print(f"  {count} x {reason}")
+        print(f"  {count} x {repr(reason)[1:-1]}")  # a terminal must not obey what names from data hold
     if summary.skipped:
         print(f"reasons: {out / SKIPPED_FILE}")
     # A part may be without shards, where there are fewer than parts.

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, cast
@@ -152,6 +152,7 @@ _ROW = np.dtype(
 )
 _CLIP = np.dtype([("size", "<u8"), ("time", "<i8")])
 _NAMED = re.compile(r"^record (?:'.*?'|\".*?\"), ")
+_FOLDER_LOCK = 1 << 32  # behind the numbers of shards
 _CLIP_OVERHEAD = 4096  # bytes of a sample in a tar that are neither video nor rows
 
 
@@ -307,7 +308,8 @@ def _prepare(run: _Run, mine: list[_Shard], num_shards: int, part: tuple[int, in
                 name = _shard_name(int(path.stem))
                 raise ShardError(f"{run.out / name}, of records that are gone, already exists; {remedy}")
             _clear(run.out, int(path.stem))
-    _write(about_path, about)
+    with _locked(run.out, _FOLDER_LOCK):
+        _write(about_path, about)
     return todo
 
 
@@ -335,7 +337,18 @@ def _clear(out: Path, number: int) -> None:
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def _locked(out: Path, number: int) -> Iterator[None]:
+    """Hold the lock of a number in a folder; a process that dies lets go of it."""
+    with (out / DONE_FOLDER / "lock").open("a") as lock:
+        with suppress(OSError):  # not every file system has locks
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, number)
+        yield
+
+
 def _write(path: Path, text: str) -> None:
+    for left in path.parent.glob(f".{path.name}.*.partial"):  # by a process that was killed, as its lock was free
+        left.unlink(missing_ok=True)
     hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
     hidden.write_text(text)
     sync(hidden)
@@ -389,11 +402,8 @@ def _make_in_worker(shard: _Shard) -> dict[str, Any]:
 
 def _make(run: _Run, shard: _Shard) -> dict[str, Any]:
     """Write one shard and, at last, its mark, unless another process has done so meanwhile."""
-    done = run.out / DONE_FOLDER
-    with (done / "lock").open("a") as lock:
-        # A worker of a run that was killed a moment ago may still be at this shard.
-        with suppress(OSError):  # not every file system has locks
-            fcntl.lockf(lock, fcntl.LOCK_EX, 1, shard.number)
+    # A worker of a run that was killed a moment ago may still be at this shard.
+    with _locked(run.out, shard.number):
         return _finished(run.out, shard) or _write_shard(run, shard)
 
 
@@ -609,7 +619,8 @@ def _report(run: _Run, mine: list[_Shard]) -> Summary:
     while True:
         paths = sorted(done.glob("*.json"))
         lines = [json.dumps(line) + "\n" for path in paths for line in json.loads(path.read_text())["skipped"]]
-        _write(run.out / SKIPPED_FILE, "".join(lines))
+        with _locked(run.out, _FOLDER_LOCK):
+            _write(run.out / SKIPPED_FILE, "".join(lines))
         # Another part may have finished since: whoever writes last must have seen all.
         if sorted(done.glob("*.json")) == paths:
             break

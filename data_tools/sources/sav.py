@@ -7,7 +7,7 @@ video has not.
 
 Decided here: list item k is frame k * s of the video, s being its rate / 6 rounded. Every RLE is there in the seen
 files; an empty one says that the object is not in the frame, `null` would say that it was not annotated there. Objects
-are `manual_3` and `auto_7`, without names; samples have no conversations, which `swim data refer` can write.
+are `manual_3` and `auto_7`, without names; samples have no conversations.
 
 Licence: CC BY 4.0 (Meta), videos and masks.
 """

@@ -7,9 +7,9 @@ has been seen.
 
 Decided here: the k-th `<region>`, over all turns in order, is the k-th object; an `<objectN>` seen before is the same
 object again. Each becomes a mention of the phrase "object N" (k + 1 where there is no N), of the kind `phrase`: nothing
-in that text tells objects apart, so it is not for attention supervision until `swim data refer` has written an
-expression. `segmentation: null` says that the object is not in that frame; a frame that is null or lacks `segmentation`
-is not annotated. The task comes from the file's name: detailed_caption, short_caption or qa.
+in that text tells objects apart, so it is not for attention supervision. `segmentation: null` says that the object is
+not in that frame; a frame that is null or lacks `segmentation` is not annotated. The task comes from the file's name:
+detailed_caption, short_caption or qa.
 
 Licence: Apache-2.0 for texts and masks; videos have their own (Panda-70M, MeViS, Ref-YouTube-VOS, A2D).
 """

@@ -177,7 +177,7 @@ def test_a_folder_of_other_shards_is_left_alone(clips: Path, tmp_path: Path) -> 
 
 
 def _command(clips: Path, out: Path, *flags: str) -> list[str]:
-    code = f"from swim.data_tools import cli, convert; convert._CLIP_OVERHEAD = {1 << 20}; cli.app()"
+    code = f"from swim.data_tools import cli, convert; convert._CLIP_OVERHEAD = {1 << 18}; cli.app()"
     inputs = [str(clips / "a.json"), str(clips / "b.json")]
     options = ["--video-root", str(clips / "videos"), "--out", str(out), "--max-shard-size", "1", *flags]
     return [sys.executable, "-c", code, "convert", "nl-refer", *inputs, *options]
@@ -186,14 +186,16 @@ def _command(clips: Path, out: Path, *flags: str) -> list[str]:
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_a_killed_conversion_goes_on_to_the_same_bytes(clips: Path, tmp_path: Path, jobs: str) -> None:
     env = environment(PYTHONPATH=str(ROOT))
-    # Every clip is a shard, and re-encoding takes a while: kills come between shards and inside them.
+    # Three clips are a shard; the kill comes when one is written and the next is re-encoded.
     flags = ("--canonical", "16", "--jobs", jobs)
     subprocess.run(_command(clips, tmp_path / "whole", *flags), env=env, check=True, timeout=120)
     out = tmp_path / "killed"
     num_kills = 0
-    for num_marks in (1, 3, 6):
+    for num_marks in (0, 1, 2):
         process = subprocess.Popen(_command(clips, out, *flags), env=env, stderr=subprocess.DEVNULL)
-        while process.poll() is None and len(list((out / DONE_FOLDER).glob("*.json"))) < num_marks:
+        while process.poll() is None and not (
+            len(list((out / DONE_FOLDER).glob("*.json"))) >= num_marks and list(out.glob(".shard-*.partial"))
+        ):
             time.sleep(0.001)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)  # the parent alone: its workers must notice
@@ -202,7 +204,7 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(clips: Path, tmp_path: Pa
             assert path.with_suffix(".index.jsonl").is_file(), "what has the name of a shard is complete"
         if list(out.glob("*.tar")):
             ShardSet(out)
-    assert num_kills == 3
+    assert num_kills >= 2
     subprocess.run(_command(clips, out, *flags), env=env, check=True, timeout=120)
     assert _bytes(out) == _bytes(tmp_path / "whole")
 

@@ -50,6 +50,15 @@ def test_show_does_not_pass_control_characters_on(tmp_path: Path) -> None:
     assert "\x1b" not in shown
 
 
+def test_reasons_do_not_pass_control_characters_on(tmp_path: Path) -> None:
+    row = {"conversations": [], "\x1b[2J": 1, "video": None}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"\ud800": 1, "conversations": []}))
+    result = _run("convert", "jsonl", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    assert result.exit_code == 1, result.exception
+    assert r"1 x \x1b[NJ: unknown field" in result.stdout
+    assert r"1 x \ud800: unknown field" in result.stdout
+
+
 def test_index_repairs_a_folder_without_indices(copied: Path) -> None:
     digest = ShardSet(copied).digest
     for path in copied.glob("*.jsonl"):
