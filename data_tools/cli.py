@@ -1,6 +1,7 @@
 """Commands `swim data ...`: make, convert, index, check and show shards."""
 
 import functools
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -10,18 +11,19 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
+from swim.data_tools.convert import SKIPPED_FILE, convert
 from swim.data_tools.records import record_schema
 from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, index_shard
-from swim.data_tools.sources.nl_refer import SKIPPED_FILE, convert_nl_refer
+from swim.data_tools.sources import conversations, jsonl, llava_video, nl_refer, sav, videorefer
 from swim.data_tools.synth import synthesise
 from swim.data_tools.video import VideoError, decode_frames, probe
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make, convert, index, check and show shards.")
-convert = typer.Typer(no_args_is_help=True, help="Convert a data set to shards.")
-app.add_typer(convert, name="convert")
 
+SOURCES = {
+    module.SOURCE.name: module.SOURCE for module in (nl_refer, videorefer, sav, llava_video, conversations, jsonl)
+}
 _T = TypeVar("_T")
-Out = Annotated[Path, typer.Option("--out", help="Folder for the shards.")]
 Folder = Annotated[Path, typer.Argument(help="Folder of shards.")]
 
 
@@ -56,21 +58,51 @@ def synth(
     print(f"{len(shards)} clips in {out}, digest {shards.digest[:12]}")
 
 
-@convert.command("nl-refer")
+@app.command(name="convert")
 @_one_message
-def nl_refer(
-    json_path: Annotated[Path, typer.Argument(metavar="JSON", help="NL-Refer file, one JSON array.")],
-    video_root: Annotated[Path, typer.Option(help="Folder that the records' 'video' paths start from.")],
-    out: Out,
-    license: Annotated[str, typer.Option(help="Licence to note in every record.")] = "unknown",
+def convert_command(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help=f"Form of the input: {', '.join(SOURCES)}.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files, or folders of them.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    video_root: Annotated[
+        Path | None, typer.Option(help="Folder that video names start from; by default that of the file.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="Licence to note, instead of the source's.")] = None,
+    canonical: Annotated[
+        int | None, typer.Option(metavar="SIDE", min=16, help="Re-encode all videos, shorter side at most SIDE pixels.")
+    ] = None,
+    max_shard_size: Annotated[int, typer.Option(metavar="MIB", min=1, help="Size of a shard in MiB.")] = 1024,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes; each makes whole shards.")] = 1,
+    part: Annotated[str, typer.Option(metavar="I/N", help="Make every N-th shard from the I-th on, I from 0.")] = "0/1",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Make shards of other input or options anew.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any record was skipped.")] = False,
 ) -> None:
-    """Convert an NL-Refer file and its videos."""
-    summary = convert_nl_refer(json_path, video_root, out, license=license)
+    """Convert a data set and its videos; run it again after a stop, and it goes on."""
+    if source not in SOURCES:
+        raise ValueError(f"no source {source!r}; there are {', '.join(SOURCES)}")
+    found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", part)
+    i, n = (int(found[1]), int(found[2])) if found else (1, 1)
+    if i >= n:
+        raise ValueError(f"--part {part!r} is not I/N with I from 0 to N - 1, e.g. 0/8 to 7/8")
+    summary = convert(
+        SOURCES[source],
+        inputs,
+        out,
+        video_root=video_root,
+        license=license,
+        canonical=canonical,
+        max_bytes=max_shard_size << 20,
+        jobs=jobs,
+        part=(i, n),
+        overwrite=overwrite,
+    )
     print(f"{summary.kept} records kept in {summary.clips} clips, {summary.skipped} skipped")
+    for reason, count in summary.reasons.most_common(10):
+        print(f"  {count} x {repr(reason)[1:-1]}")  # a terminal must not obey what names from data hold
     if summary.skipped:
         print(f"reasons: {out / SKIPPED_FILE}")
-    if not summary.kept or (strict and summary.skipped):
+    # A part may be without shards, where there are fewer than parts.
+    if (not summary.kept and (summary.skipped or n == 1)) or (strict and summary.skipped):
         raise typer.Exit(1)
 
 

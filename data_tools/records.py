@@ -13,10 +13,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from swim.data_tools.rle import decode_counts
+from swim.data_tools.rle import MAX_MASK_SIDE, decode_counts
 
 MAX_JSON_BYTES = 64 << 20
-MAX_MASK_SIDE = 16384
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,80}")  # no dot: a tar member is KEY.suffix, split at the first dot
 MEMBER_PATTERN = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 TAG = re.compile(r"</?ins>")
@@ -256,8 +255,10 @@ def _rle_problems(rle: Rle, media: Media) -> Iterator[tuple[str, str]]:
     if not (1 <= height <= MAX_MASK_SIDE and 1 <= width <= MAX_MASK_SIDE):
         yield f"size {height}x{width} is outside 1 to {MAX_MASK_SIDE} a side", "give size as [height, width]"
         return
-    # A mask may have a size of its own but not another shape; the slack is for sides rounded to even numbers.
-    if abs(height * media.width - width * media.height) > 2 * (media.width + media.height):
+    # A mask may have a size of its own but not another shape; the slack is for sides rounded to even numbers, be they
+    # those of the mask or those of the media.
+    slack = 2 * max(media.width + media.height, width + height)
+    if abs(height * media.width - width * media.height) > slack:
         problem = f"size {height}x{width} has another shape than the media's {media.height}x{media.width}"
         yield problem, "give size as [height, width] of the frame as it is stored"
         return

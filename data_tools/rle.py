@@ -1,6 +1,6 @@
 """COCO run-length masks: strings to runs, runs to grid-cell coverage, without ever building the full-size mask."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from pycocotools import mask as coco
 if TYPE_CHECKING:
     from swim.data_tools.records import Rle
 
+MAX_MASK_SIDE = 16384
 MAX_CHARS_PER_RUN = 7  # 35 bits: more than any image, and far from overflowing int64
 
 
@@ -44,6 +45,51 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """COCO compressed RLE `{"size": (H, W), "counts": str}` of a bool mask [H, W]."""
     rle = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": (mask.shape[0], mask.shape[1]), "counts": rle["counts"].decode("ascii")}
+
+
+def encode_counts(size: tuple[int, int], runs: Sequence[int]) -> dict[str, Any]:
+    """COCO compressed RLE of run lengths, background first; ValueError unless they are the pixels of `size` (H, W)."""
+    height, width = _checked(size)
+    if not all(type(run) is int and 0 <= run <= MAX_MASK_SIDE**2 for run in runs):
+        raise ValueError(f"counts {list(runs[:8])!s:.60} hold other things than pixel numbers; encode the mask again")
+    if sum(runs) != height * width:
+        problem = f"the runs sum to {sum(runs)}, but {height} x {width} is {height * width}"
+        raise ValueError(f"{problem}; size and counts belong to different masks, encode it again")
+    rle = coco.frPyObjects({"size": [height, width], "counts": list(runs)}, height, width)
+    return {"size": (height, width), "counts": rle["counts"].decode("ascii")}
+
+
+def encode_polygons(size: tuple[int, int], polygons: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """COCO compressed RLE of the union of polygons (x0, y0, x1, y1, ...) in pixels; none give an empty mask.
+
+    ValueError for fewer than 3 points and for points more than 1 pixel outside `size` (H, W).
+    """
+    height, width = _checked(size)
+    for polygon in polygons:
+        numbers = np.array(polygon, np.float64)
+        if numbers.ndim != 1 or numbers.size < 6 or numbers.size % 2:
+            raise ValueError(f"a polygon of {numbers.size} numbers is not x0, y0, x1, y1, x2, y2, ...; correct it")
+        limits = np.resize(np.array([width, height], np.float64), numbers.size)
+        outside = np.flatnonzero(~((numbers >= -1) & (numbers <= limits + 1)))
+        if outside.size:
+            at = int(outside[0])
+            raise ValueError(
+                f"polygon coordinate {numbers[at]} is outside 0 to {limits[at]:g}; give pixels of the video"
+            )
+    if not polygons:
+        return encode_mask(np.zeros((height, width), bool))
+    rle = coco.merge(coco.frPyObjects([list(map(float, polygon)) for polygon in polygons], height, width))
+    return {"size": (height, width), "counts": rle["counts"].decode("ascii")}
+
+
+def _checked(size: tuple[int, int]) -> tuple[int, int]:
+    """The size, before anything of it is allocated."""
+    height, width = size
+    if not all(type(side) is int and 1 <= side <= MAX_MASK_SIDE for side in (height, width)):
+        raise ValueError(
+            f"size {height!r:.20} x {width!r:.20} is not two numbers of pixels from 1 to {MAX_MASK_SIDE}; correct it"
+        )
+    return height, width
 
 
 def decode_mask(rle: "Rle | Mapping[str, Any]") -> np.ndarray:

@@ -71,16 +71,21 @@ class ShardWriter:
     """Context manager that writes samples into `folder` as tars of at most about `max_bytes`, each with its index.
 
     A tar is written under a hidden name and gets its own only when complete. ShardError if shards of this prefix exist.
+    With `number`, the first tar has that number, and what does not fit goes to `PREFIX-NUMBER.1.tar` and so on, so that
+    several writers share a folder; `names` are the tars so far.
     """
 
-    def __init__(self, folder: str | Path, *, prefix: str = "shard", max_bytes: int = 1 << 30) -> None:
-        self.folder, self.prefix, self.max_bytes = Path(folder), prefix, max_bytes
+    def __init__(
+        self, folder: str | Path, *, prefix: str = "shard", max_bytes: int = 1 << 30, number: int | None = None
+    ) -> None:
+        self.folder, self.prefix, self.max_bytes, self.number = Path(folder), prefix, max_bytes, number
+        self.names: list[str] = []
         self.folder.mkdir(parents=True, exist_ok=True)
-        existing = next(self.folder.glob(f"{prefix}-*.tar"), None)
+        mine = f"{prefix}-*.tar" if number is None else f"{prefix}-{number:06d}.*"
+        existing = next(self.folder.glob(mine), None)
         if existing is not None:
             raise ShardError(f"{existing} already exists; write to an empty folder or with another prefix")
         self._keys: set[str] = set()
-        self._num_shards = 0
         self._tar: tarfile.TarFile | None = None
         self._entries: list[Entry] = []
 
@@ -122,11 +127,13 @@ class ShardWriter:
 
     @property
     def _path(self) -> Path:
-        return self.folder / f"{self.prefix}-{self._num_shards:06d}.tar"
+        written = len(self.names)
+        number, more = (written, "") if self.number is None else (self.number, f".{written}" if written else "")
+        return self.folder / f"{self.prefix}-{number:06d}{more}.tar"
 
     @property
     def _hidden(self) -> Path:
-        return self.folder / f".{self._path.name}.partial"
+        return self.folder / f".{self._path.name}.{os.getpid()}.partial"
 
     def _finish(self) -> None:
         assert self._tar is not None
@@ -136,7 +143,7 @@ class ShardWriter:
         _write_index(self._path, self._hidden.stat().st_size, self._entries)
         os.replace(self._hidden, self._path)
         sync(self.folder)
-        self._num_shards += 1
+        self.names.append(self._path.name)
         self._tar, self._entries = None, []
 
 

@@ -1,6 +1,7 @@
-"""Video in and out through PyAV: probe, decode chosen frames, encode, choose frames."""
+"""Video in and out through PyAV: probe, verify, decode chosen frames, encode and re-encode, choose frames."""
 
 import io
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -20,6 +21,10 @@ class VideoError(ValueError):
     """A video cannot be used; the message says what was found and how to repair it."""
 
 
+class UnsteadyVideo(VideoError):  # noqa: N818 - a healthy video, and nothing that must end a program
+    """Decoders could disagree on the frame numbers of this video; re-encoding removes the cause."""
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """Size in pixels, number of decodable frames, average frame rate in 1/s."""
@@ -31,30 +36,81 @@ class VideoInfo:
 
 
 def probe(source: bytes | Path) -> VideoInfo:
-    """Facts of the largest video stream; VideoError if frame numbers of different decoders could disagree on it."""
-    with _open(source) as (container, stream):
-        rate = stream.average_rate or stream.guessed_rate
-        # Containers may say nothing about the number of frames, or too much: packets are counted instead.
-        # An edit list marks the packets it hides; decoders differ in whether they number them.
-        num_frames, hidden = 0, 0
-        for packet in container.demux(stream):
-            if packet.size:
-                hidden += packet.is_discard
-                num_frames += 1
+    """Facts of the largest video stream, from its packets and its first frame.
+
+    UnsteadyVideo if frame numbers of different decoders could disagree on it (edit list, rotation, uneven rate),
+    VideoError for what is damaged or no video.
+    """
+    with open_video(source) as (container, stream):
+        rate, times, hidden = frame_times(container, stream)
         if hidden:
-            raise VideoError(f"an edit list hides {hidden} of {num_frames} frames; {REENCODE}")
-        if stream.frames and stream.frames != num_frames:
-            problem = f"the container announces {stream.frames} frames but holds {num_frames}"
-            raise VideoError(f"{problem} (cut off, or frames hidden by an edit list); fetch it again or {REENCODE}")
-        if not num_frames or not rate:
-            raise VideoError(f"found {num_frames} frames at rate {rate}, need at least 1 and a rate; {REENCODE}")
-    with _open(source) as (container, stream):
+            raise UnsteadyVideo(f"an edit list hides {hidden} of {len(times) + hidden} frames; {REENCODE}")
+        if None in times:
+            raise UnsteadyVideo(f"{times.count(None)} of {len(times)} frames have no time; {REENCODE}")
+        shift = largest_shift(np.array(times, float), rate)
+        if shift >= 0.5:  # frames; from there on, rounding a time to a frame number goes wrong
+            problem = f"a frame is {shift:.2f} frame times from its place at a constant {float(rate):.6g}/s"
+            raise UnsteadyVideo(f"{problem}, the limit is 0.5; {REENCODE}")
+    with open_video(source) as (container, stream):
         frame = next(container.decode(stream), None)
         if frame is None:
             raise VideoError(f"no frame can be decoded; {REENCODE}")
         if frame.rotation:
-            raise VideoError(f"metadata rotate the picture by {frame.rotation} degrees; bake it in: {REENCODE}")
-        return VideoInfo(frame.height, frame.width, num_frames, float(rate))
+            raise UnsteadyVideo(f"metadata rotate the picture by {frame.rotation} degrees; bake it in: {REENCODE}")
+        return VideoInfo(frame.height, frame.width, len(times), float(rate))
+
+
+def verify(source: bytes | Path) -> VideoInfo:
+    """What `probe` finds, after decoding every frame; VideoError also for frames that are damaged or missing."""
+    info = probe(source)
+    with open_video(source) as (container, stream):
+        check_decoded(sum(1 for _ in sound_frames(container, stream)), info.num_frames)
+    return info
+
+
+def frame_times(container: InputContainer, stream: VideoStream) -> tuple[Fraction, list[float | None], int]:
+    """Average rate in 1/s, sorted times in s of the frames a player shows, number of those that an edit list hides.
+
+    A time is None where the container has none. VideoError for a cut-off file or one without frames.
+    """
+    rate = stream.average_rate or stream.guessed_rate
+    # Containers may say nothing about the number of frames, or too much: packets are counted instead.
+    # An edit list marks the packets it hides; decoders differ in whether they number them.
+    packets = [(packet.pts, packet.is_discard) for packet in container.demux(stream) if packet.size]
+    hidden = sum(discard for _, discard in packets)
+    if stream.frames and stream.frames != len(packets) and not hidden:
+        problem = f"the container announces {stream.frames} frames but holds {len(packets)}"
+        raise VideoError(f"{problem} (cut off, or frames hidden by an edit list); fetch it again or {REENCODE}")
+    if len(packets) == hidden or not rate:
+        raise VideoError(f"found {len(packets) - hidden} frames at rate {rate}, need at least 1 and a rate; {REENCODE}")
+    shown = [pts for pts, discard in packets if not discard]
+    known = sorted(pts for pts in shown if pts is not None)
+    if len(known) < len(shown) or stream.time_base is None:
+        return rate, [None] * len(shown), hidden
+    return rate, [float(pts * stream.time_base) for pts in known], hidden
+
+
+def largest_shift(times: np.ndarray, rate: Fraction) -> float:
+    """How far, in frame times, sorted times in s [N] are from places at a constant rate in 1/s."""
+    return float(np.abs((times - times[0]) * float(rate) - np.arange(len(times))).max())
+
+
+def sound_frames(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
+    """All frames; VideoError at a damaged one and where the size changes."""
+    size = None
+    for number, frame in enumerate(container.decode(stream)):
+        if frame.is_corrupt:
+            raise VideoError(f"frame {number} is damaged; fetch the file again or {REENCODE}")
+        size = size or (frame.height, frame.width)
+        if size != (frame.height, frame.width):
+            raise VideoError(f"the size changes from {size} to {(frame.height, frame.width)} at frame {number}; cut it")
+        yield frame
+
+
+def check_decoded(found: int, stored: int) -> None:
+    """VideoError unless as many frames were decoded as are stored."""
+    if found != stored:
+        raise VideoError(f"{stored} frames are stored but {found} can be decoded; fetch the file again or {REENCODE}")
 
 
 def decode_frames(source: bytes | Path, indices: Sequence[int]) -> np.ndarray:
@@ -65,7 +121,7 @@ def decode_frames(source: bytes | Path, indices: Sequence[int]) -> np.ndarray:
     if not places or min(places) < 0:
         raise VideoError(f"frame indices {list(indices)} must be a non-empty list of numbers >= 0")
     last, number, frames_NHWC = max(places), -1, None
-    with _open(source) as (container, stream):
+    with open_video(source) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
             if number in places:
                 if frame.is_corrupt:
@@ -92,20 +148,26 @@ def encode_video(frames: np.ndarray, fps: float, *, crf: int = 18) -> bytes:
         raise VideoError(f"{num_frames} frames of {height}x{width}: 4:2:0 video needs at least 1 and even sides; crop")
     with tempfile.TemporaryDirectory() as folder:  # to put the header first, FFmpeg opens its output a second time
         path = Path(folder, "video.mp4")
-        _encode(path, frames, fps, crf)
+        rgb = (av.VideoFrame.from_ndarray(frame, format="rgb24") for frame in frames)
+        yuv = (frame.reformat(format="yuv420p", threads=1) for frame in rgb)
+        encode_frames(path, yuv, Fraction(fps).limit_denominator(1001), crf=crf)
         return path.read_bytes()
 
 
-def _encode(path: Path, frames: np.ndarray, fps: float, crf: int) -> None:
+def encode_frames(path: Path, frames: Iterator[av.VideoFrame], rate: Fraction, *, crf: int) -> None:
+    """Write an MP4 of one or more 4:2:0 frames at `rate` per second, of the size and the colours of the first."""
+    first = next(frames)
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
+        stream = container.add_stream("libx264", rate=rate)
+        stream.height, stream.width, stream.pix_fmt = first.height, first.width, "yuv420p"
+        for name in ("colorspace", "color_range", "color_primaries", "color_trc"):
+            setattr(stream.codec_context, name, getattr(first, name))
         # Unless told otherwise, x264's bytes depend on the number of threads, on the processor and, in rare clips, on
         # how its buffers happen to be aligned.
         stream.options = {"crf": str(crf), "tune": "fastdecode", "threads": "1", "x264-params": "cpu-independent=1"}
-        for frame in frames:
-            rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
-            container.mux(stream.encode(rgb.reformat(format="yuv420p", threads=1)))
+        for number, frame in enumerate(itertools.chain([first], frames)):
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
 
@@ -132,7 +194,7 @@ def choose_frames(num_frames: int, count: int, annotated: Sequence[int] | None =
 
 
 @contextmanager
-def _open(source: bytes | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(source: bytes | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Container and its largest video stream; whatever FFmpeg raises inside becomes a VideoError."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
@@ -147,7 +209,7 @@ def _open(source: bytes | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             stream.codec_context.thread_count = 1  # loader workers are the parallelism
             yield container, stream
     except VideoError as error:
-        raise VideoError(f"video {name}: {error}") from None
+        raise type(error)(f"video {name}: {error}") from None
     except (av.FFmpegError, OSError) as error:
         problem = f"cannot be read as video ({error})"
         raise VideoError(f"video {name}: {problem}; fetch it again or {REENCODE}") from error

@@ -50,6 +50,15 @@ def test_show_does_not_pass_control_characters_on(tmp_path: Path) -> None:
     assert "\x1b" not in shown
 
 
+def test_reasons_do_not_pass_control_characters_on(tmp_path: Path) -> None:
+    row = {"conversations": [], "\x1b[2J": 1, "video": None}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"\ud800": 1, "conversations": []}))
+    result = _run("convert", "jsonl", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    assert result.exit_code == 1, result.exception
+    assert r"1 x \x1b[NJ: unknown field" in result.stdout
+    assert r"1 x \ud800: unknown field" in result.stdout
+
+
 def test_index_repairs_a_folder_without_indices(copied: Path) -> None:
     digest = ShardSet(copied).digest
     for path in copied.glob("*.jsonl"):
@@ -126,6 +135,19 @@ def test_the_example_of_the_data_page_runs(synth_folder: Path, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "docs/data.md", "exec"), {})
     assert _run("check", "shards/mine").stdout == "1 good samples, 0 bad\n"
+
+
+def test_the_line_of_the_data_page_converts(synth_folder: Path, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (line,) = re.findall(r"```json\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "cup.mp4").write_bytes(ShardSet(synth_folder).read(0).media())
+    (tmp_path / "mine.jsonl").write_text(json.dumps(json.loads(line)) + "\n")
+    assert _run("convert", "jsonl", tmp_path / "mine.jsonl", "--out", tmp_path / "out", "--strict").exit_code == 0
+    sample = ShardSet(tmp_path / "out").read(0)
+    assert sample.masks["cup"][5] is None
+    assert sample.masks["cup"][0] is not None
+    assert _run("check", tmp_path / "out").exit_code == 0
 
 
 def test_data_tools_need_neither_torch_nor_the_trainer() -> None:

@@ -10,10 +10,11 @@ import pytest
 from footage import footage_dir
 from pycocotools import mask as coco
 
+from swim.data_tools.convert import Summary, convert
 from swim.data_tools.records import RecordError
 from swim.data_tools.rle import decode_mask, encode_mask
 from swim.data_tools.shards import ShardSet
-from swim.data_tools.sources.nl_refer import Summary, convert_nl_refer, split_tags
+from swim.data_tools.sources.nl_refer import SOURCE, split_tags
 from swim.data_tools.video import encode_video
 
 LEFT, RIGHT = np.zeros((2, 32, 48), bool)
@@ -50,7 +51,7 @@ def _row(**changes: Any) -> dict[str, Any]:
 def _convert(folder: Path, *rows: dict[str, Any]) -> tuple[Summary, list[dict[str, Any]]]:
     (folder / "a.mp4").write_bytes(VIDEO)
     (folder / "rows.json").write_text(json.dumps(rows))
-    summary = convert_nl_refer(folder / "rows.json", folder, folder / "out", license="CC0-1.0")
+    summary = convert(SOURCE, [folder / "rows.json"], folder / "out", video_root=folder, license="CC0-1.0")
     return summary, [json.loads(line) for line in (folder / "out" / "skipped.jsonl").read_text().splitlines()]
 
 
@@ -147,7 +148,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "role": ({"conversations": [{"from": "user", "value": "x"}]}, r"conversations\[0\]: .*'user'.*is not .*human"),
     "no answer": ({"conversations": _turns("a")[:1], "annotation": []}, r"the last turn is 'user'; end with"),
     "no turns": ({"conversations": None}, r"conversations\[0\].turns: .*at least 1 item"),
-    "annotation form": ({"annotation": {"0": {}}}, r"annotation and conversations: dict and list where both are lists"),
+    "annotation form": ({"annotation": {"0": {}}}, r"annotation: .* is not a list; correct it"),
     "missing video": ({"video": "b.mp4"}, r"video: .*b.mp4 cannot be read .*check --video-root"),
     "no video": ({"video": None}, r"video: None is not a file name; name the clip's video"),
     "outside": ({"video": "../b.mp4"}, r"video: '../b.mp4' lies outside .*choose another --video-root"),
@@ -172,7 +173,7 @@ def test_a_bad_record_is_listed_and_the_rest_is_kept(tmp_path: Path, name: str) 
 def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(RecordError, match=rf"x.json: {message}"):
-        convert_nl_refer(tmp_path / "x.json", tmp_path, tmp_path / "out")
+        convert(SOURCE, [tmp_path / "x.json"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -185,7 +186,7 @@ def test_tags_leave_spaces_outside_the_noun() -> None:
 
 def test_real_footage_converts(tmp_path: Path) -> None:
     folder = footage_dir()
-    summary = convert_nl_refer(folder / "nl_refer_footage.json", folder, tmp_path)
+    summary = convert(SOURCE, [folder / "nl_refer_footage.json"], tmp_path)
     assert summary == Summary(clips=2, kept=4, skipped=0)
     shards = ShardSet(tmp_path)
     cups = next(shards.read(key) for key in shards.keys() if key.startswith("cups"))  # noqa: SIM118

@@ -1,13 +1,21 @@
 """Grid coverage straight from runs is exact, and damaged run-length strings are refused."""
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from footage import footage_dir
 from pycocotools import mask as coco
 
-from swim.data_tools.rle import cell_coverage, decode_counts, decode_mask, encode_mask
+from swim.data_tools.rle import (
+    cell_coverage,
+    decode_counts,
+    decode_mask,
+    encode_counts,
+    encode_mask,
+    encode_polygons,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -92,3 +100,38 @@ def test_real_masklets_are_exact() -> None:
         assert decode_counts(rle["counts"]).sum() == np.prod(rle["size"])
         expected = _exact(decode_mask(rle), (30, 17))
         np.testing.assert_allclose(cell_coverage(rle, (30, 17)), expected, rtol=0, atol=1e-12)
+
+
+def test_runs_are_compressed_as_they_are() -> None:
+    for mask in (RNG.random((7, 9)) < 0.5, np.zeros((3, 4), bool), np.ones((3, 4), bool)):
+        runs = decode_counts(encode_mask(mask)["counts"]).tolist()
+        assert encode_counts(mask.shape, runs) == encode_mask(mask)
+
+
+def test_polygons_are_filled_as_by_pycocotools() -> None:
+    one, two = [2.5, 3, 20, 3.2, 18, 25, 4, 22.7], [10, 10, 47, 10, 47, 31, 10, 31]
+    filled = decode_mask(encode_polygons((32, 48), [one, two]))
+    expected = [coco.decode(coco.frPyObjects([polygon], 32, 48))[..., 0] for polygon in (one, two)]
+    np.testing.assert_array_equal(filled, np.logical_or(*expected))
+    assert not decode_mask(encode_polygons((32, 48), [])).any()
+    assert decode_mask(encode_polygons((32, 48), [[-1, -1, 49, -1, 49, 33, -1, 33]])).all(), "a pixel of slack"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: encode_counts((4, 4), [3, 4]), r"the runs sum to 7, but 4 x 4 is 16"),
+        (lambda: encode_counts((4, 4), [-1, 17]), r"counts \[-1, 17\] hold other things"),
+        (lambda: encode_counts((4, 4), [True, 15]), r"counts \[True, 15\] hold other things"),
+        (lambda: encode_counts((10**9, 10**9), [10**18]), r"size 1000000000 x 1000000000 is not two numbers"),
+        (lambda: encode_counts((0, 4), []), r"size 0 x 4 is not two numbers"),
+        (lambda: encode_polygons((10**6, 10**6), []), r"is not two numbers of pixels from 1 to 16384"),
+        (lambda: encode_polygons((32, 48), [[0, 0, 1e9, 0, 5, 5]]), r"coordinate 1000000000.0 is outside 0 to 48"),
+        (lambda: encode_polygons((32, 48), [[0, 0, 5, 40, 5, 5]]), r"coordinate 40.0 is outside 0 to 32"),
+        (lambda: encode_polygons((32, 48), [[0, 0, float("nan"), 0, 5, 5]]), r"coordinate nan is outside"),
+        (lambda: encode_polygons((32, 48), [[0, 0, 5, 5]]), r"a polygon of 4 numbers is not x0, y0"),
+    ],
+)
+def test_runs_and_polygons_of_no_mask_are_refused(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
