@@ -241,15 +241,17 @@ class ShardSet:
         """Bytes of the member KEY.<member> of a sample by number or key; BadSample for damage."""
         return self._files.read(self._find(which), member)
 
-    def read(self, which: int | str) -> Sample:
-        """Sample by number or key; BadSample for damage, KeyError or IndexError if there is none."""
+    def read(self, which: int | str, *, masks: bool = True) -> Sample:
+        """Sample by number or key, without its masks on request; BadSample for damage, KeyError or IndexError if there
+        is none."""
         entry = self._find(which)
-        text = {name: self._files.read(entry, name) for name in ("json", "masks.json") if name in entry.members}
+        layers = ("json", "masks.json")[: 1 + masks]
+        text = {name: self._files.read(entry, name) for name in layers if name in entry.members}
         try:
-            record, masks = parse_sample(entry.key, text["json"], text.get("masks.json"))
+            parsed = parse_sample(entry.key, text["json"], text.get("masks.json"))
         except RecordError as error:
             raise BadSample(entry.key, entry.shard, entry.members["json"][0], str(error)) from error
-        return Sample(entry.key, record, masks, self._files, entry)
+        return Sample(entry.key, *parsed, self._files, entry)
 
     def _find(self, which: int | str) -> Entry:
         return self.entries[self._number[which] if isinstance(which, str) else which]
