@@ -203,6 +203,10 @@ def test_the_short_step_is_the_last() -> None:
             *[30] * (plan.num_steps - 1),
             (plan.num_packs - 1) % 30 + 1,
         ]
+        # All lie in one window: no step mixes the packs of two.
+        assert plan.costs is not None
+        steps = sorted((plan.costs[i : i + 30] for i in range(0, plan.num_packs, 30)), key=max)
+        assert all(cheap.max() <= costly.min() for cheap, costly in itertools.pairwise(steps))
 
 
 def test_a_mixture_in_packs_is_one_stream_for_any_number_of_ranks_and_stops() -> None:

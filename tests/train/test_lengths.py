@@ -27,7 +27,7 @@ def ask(text: str, *, system: str | None = None, **fields) -> Conversation:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[Path]:
     """Clips of several sizes and lengths with many questions, also unusable ones and such behind another system turn;
-    text alone; and a clip that is no video."""
+    text alone; a slow clip, and one that is no video."""
     folder = tmp_path_factory.mktemp("data")
     sources = [make_data(folder / f"source{size}", clips=3, seed=size) for size in (1, 2)]
     with ShardWriter(folder / "clips") as writer:
@@ -42,6 +42,10 @@ def folders(tmp_path_factory) -> list[Path]:
             ]
             record = sample.record.model_copy(update={"conversations": said})
             writer.write(f"clip{number}", record, sample.masks, {"mp4": sample.media()})
+        # Five seconds a frame: its time has a digit more or less with the frame that has the mask.
+        slow = record.model_copy(update={"media": [record.media[0].model_copy(update={"fps": 0.2})]})
+        masks = {name: {0: frames.get(0)} for name, frames in sample.masks.items()}
+        writer.write("slow", slow, masks, {"mp4": sample.media()})
         media = [record.media[0].model_copy(update={"kind": "frames"})]
         writer.write("odd", record.model_copy(update={"media": media}), sample.masks, {"mp4": sample.media()})
     with ShardWriter(folder / "text") as writer:
@@ -78,7 +82,7 @@ def test_every_pack_has_the_tokens_that_its_batch_has(folders, tmp_path, model_t
     assert len(set(found)) > 3
     if shared == "true":
         pieces = [unit.clip for unit in plan.units() if unit.dataset == 0]
-        assert len(set(pieces)) == 7
+        assert len(set(pieces)) == 8
 
 
 def test_the_longest_conversation_is_the_least_budget(folders, tmp_path):
