@@ -6,10 +6,10 @@ and no state.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 
+from swim.data_tools.facts import Facts
 from swim.data_tools.shards import Entry
 
 _SHUFFLE, _DRAW, _REPEAT, STEPS, _SHARDS = range(5)  # what a random stream is for
@@ -22,28 +22,14 @@ class PlanError(ValueError):
 @dataclass(frozen=True)
 class DataSet:
     """A part of the mixture: its index facts, and how often its clips come in an epoch, `repeat` times or in
-    `proportion` to the other sets; `name` is for messages."""
+    `proportion` to the other sets; `name` and `entries` are for messages."""
 
     name: str
     digest: str
+    facts: Facts
     entries: Sequence[Entry]
     repeat: float = 1.0
     proportion: float | None = None
-
-    @cached_property
-    def bounds(self) -> np.ndarray:
-        """(N + 1,) where each clip's conversations begin among all C of the set."""
-        return np.cumsum([0, *(len(entry.conversations) for entry in self.entries)])
-
-    @cached_property
-    def tasks(self) -> tuple[list[str], np.ndarray]:
-        """Names of the tasks, and the number of each conversation's (C,)."""
-        return _numbered([facts.task for entry in self.entries for facts in entry.conversations])
-
-    @cached_property
-    def shards(self) -> np.ndarray:
-        """(N,) number of the shard that holds a clip."""
-        return _numbered([entry.shard for entry in self.entries])[1]
 
 
 @dataclass(frozen=True)
@@ -109,16 +95,16 @@ class Units:
 
 def mixture(data: Sequence[DataSet], options: PlanOptions, rng: Streams) -> Units:
     """All units of the epoch, unshuffled: data sets, copies and clips in order."""
-    present = {name for one in data for name in one.tasks[0]}
+    present = {str(name) for one in data for name in one.facts.task_names}
     wanted = present if options.tasks is None else set(options.tasks)
     if not wanted or wanted - present:
         raise PlanError(f"no conversation of task {sorted(wanted - present)}; the data has {sorted(present)}")
     parts = []
     for number, (one, repeat) in enumerate(zip(data, repeats(data, options.tasks))):
         kept = _kept(one, options.tasks)
-        counts = _counts(kept, one.bounds)
+        counts = _counts(kept, one.facts.bounds)
         clips = np.flatnonzero(counts)
-        conversations = np.flatnonzero(kept) - np.repeat(one.bounds[:-1], counts)
+        conversations = np.flatnonzero(kept) - np.repeat(one.facts.bounds[:-1], counts)
         copies = _copies(len(clips), repeat, rng.epoch, rng.of_run(number))
         times = [np.flatnonzero(copies > copy) for copy in range(copies.max(initial=0))]
         copy = np.repeat(np.arange(len(times)), [len(x) for x in times])
@@ -136,8 +122,8 @@ def shuffled(units: Units, data: Sequence[DataSet], options: PlanOptions, rng: S
     order = rng(_SHUFFLE).permutation(len(units))
     if options.shuffle_shards is None:
         return order
-    shards = np.concatenate([one.shards for one in data])
-    first = np.cumsum([0, *(len(one.entries) for one in data[:-1])])
+    shards = np.concatenate([one.facts.shards for one in data])
+    first = np.cumsum([0, *(len(one.facts.counts) for one in data[:-1])])
     # The copies of a shard are read at different times.
     which = (units.copy * len(data) + units.dataset) * (shards.max(initial=0) + 1) + shards[
         first[units.dataset] + units.clip
@@ -155,7 +141,7 @@ def repeats(data: Sequence[DataSet], tasks: Sequence[str] | None) -> list[float]
     if len(proportions) < len(data):
         raise ValueError(f"{len(proportions)} of {len(data)} data sets have a proportion; give one to all or to none")
     # An epoch has as many clips as the sets have together.
-    sizes = [int(np.count_nonzero(_counts(_kept(one, tasks), one.bounds))) for one in data]
+    sizes = [int(np.count_nonzero(_counts(_kept(one, tasks), one.facts.bounds))) for one in data]
     if empty := [one.name for one, size in zip(data, sizes) if not size]:
         raise PlanError(f"{empty[0]} has a proportion, but no conversation of the wanted tasks; leave it out")
     return [sum(sizes) * share / sum(proportions) / size for share, size in zip(proportions, sizes)]
@@ -192,23 +178,16 @@ def _drawn(units: Units, options: PlanOptions, rng: Streams) -> Units:
 
 def _kept(one: DataSet, tasks: Sequence[str] | None) -> np.ndarray:
     """(C,) whether each conversation is of a wanted task."""
-    names, codes = one.tasks
+    names, numbers = one.facts.task_names, one.facts.tasks
     if tasks is None:
-        return np.ones(len(codes), dtype=bool)
-    return np.array([name in tasks for name in names], dtype=bool)[codes]
+        return np.ones(len(numbers), dtype=bool)
+    return np.isin(names, tasks)[numbers]
 
 
 def _counts(kept: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """(N,) kept conversations of every clip."""
     total = np.append(0, np.cumsum(kept))
     return total[bounds[1:]] - total[bounds[:-1]]
-
-
-def _numbered(names: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """Distinct names in order of appearance, and each one's number."""
-    numbers: dict[str, int] = {}
-    found = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
-    return list(numbers), found
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

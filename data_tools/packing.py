@@ -62,9 +62,9 @@ class Counted:
     def __init__(self, data: Sequence[DataSet], tokens: TokenModel) -> None:
         self.data, self.dummy, self.shared = data, tokens.dummy, tokens.shared_prefix
         self.linear, self.pair = tokens.linear, tokens.pair
-        self.first = np.cumsum([0, *(len(one.bounds) - 1 for one in data[:-1])])  # clip of each data set
-        sizes = [one.bounds[-1] for one in data]
-        self.bounds = np.concatenate([one.bounds[:-1] + at for one, at in zip(data, np.cumsum([0, *sizes]))])
+        self.first = np.cumsum([0, *(len(one.facts.counts) for one in data[:-1])])  # clip of each data set
+        sizes = [one.facts.bounds[-1] for one in data]
+        self.bounds = np.concatenate([one.facts.bounds[:-1] + at for one, at in zip(data, np.cumsum([0, *sizes]))])
         self.prefix, self.branch, self.group = (
             np.concatenate([getattr(lengths, name) for lengths in tokens.lengths]).astype(np.int64)
             for name in ("prefix", "branch", "group")

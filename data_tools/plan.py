@@ -12,7 +12,6 @@ Packs are `clips_per_pack` units each, or are filled up to `tokens_per_pack`; on
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from swim.data_tools.facts import load_arrays, save_arrays
 from swim.data_tools.mixture import DataSet, PlanError, PlanOptions, Streams, mixture, repeats, shuffled
 from swim.data_tools.packing import Counted, TokenModel, balanced, first_fit
 
@@ -104,11 +104,7 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the arrays as .npz, whole or not at all."""
-        hidden = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may write the same plan
-        arrays = {name: value for name in _ARRAYS if (value := getattr(self, name)) is not None}
-        with hidden.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(hidden, path)
+        save_arrays(path, **{name: value for name in _ARRAYS if (value := getattr(self, name)) is not None})
 
 
 _ARRAYS = ("clips", "unit_bounds", "chosen", "pack_bounds", "tokens", "costs")
@@ -197,11 +193,12 @@ def make_plan(data: Sequence[DataSet], options: PlanOptions, epoch: int, tokens:
     )
 
 
-def load_plan(path: Path, options: PlanOptions, epoch: int, identity: tuple[str, dict[str, Any]]) -> Plan:
-    """The plan that `Plan.save` wrote; OSError or ValueError if it cannot be read."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file.get(name) for name in _ARRAYS}
-    return Plan(**arrays, packs_per_step=options.packs_per_step, epoch=epoch, digest=identity[0], identity=identity[1])
+def load_plan(path: Path, options: PlanOptions, epoch: int, identity: tuple[str, dict[str, Any]]) -> Plan | None:
+    """The plan that `Plan.save` wrote; None if it is missing or damaged."""
+    if (arrays := load_arrays(path)) is None:
+        return None
+    of_plan: dict[str, Any] = {name: arrays.get(name) for name in _ARRAYS}
+    return Plan(**of_plan, packs_per_step=options.packs_per_step, epoch=epoch, digest=identity[0], identity=identity[1])
 
 
 def _changes(then: dict[str, Any], now: dict[str, Any], names: Sequence[str]) -> list[str]:

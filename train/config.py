@@ -52,6 +52,11 @@ class RunConfig(Section):
         """The run folder."""
         return self.output / self.name
 
+    @property
+    def cache(self) -> Path:
+        """What runs on the same data need not make twice; it may be removed at any time."""
+        return self.output / ".cache"
+
 
 class TokenizerConfig(Section):
     """A small byte-level BPE trained on the fly, for models built from a config."""

@@ -1,14 +1,12 @@
 """How many tokens every conversation has and what they cost, without decoding: what the plan needs to fill packs.
 
-Text is counted once, by the very code that makes batches, and kept in `run.output`/token_counts, one file per data set
-and per way of counting it. Visual tokens follow from the index facts and the pixel budget.
+Text is counted once, by the very code that makes batches, and kept in `run.output`/.cache, one file per data set and per
+way of counting it. Visual tokens follow from the index facts and the pixel budget.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+from swim.data_tools.facts import load_arrays, save_arrays
 from swim.data_tools.packing import Lengths, TokenModel
 from swim.data_tools.shards import BadSample, ShardSet
 from swim.data_tools.video import VideoError
@@ -46,7 +45,7 @@ def token_model(config: Config, system: System, shards: Sequence[ShardSet]) -> T
     lengths = []
     for one in shards:
         key = hashlib.sha256(f"{COUNT_VERSION} {one.digest} {tokenizer}".encode()).hexdigest()
-        text = _cached(config.run.output / "token_counts" / f"{key[:24]}.npz", one, collator)
+        text = _cached(config.run.cache / f"tokens_{key[:24]}.npz", one, collator)
         lengths.append(_lengths(one, text, family, config, cost))
     dummy = len(collator.encoder.clip_tokens(family.dummy())[0])
     return TokenModel(tuple(lengths), config.data.shared_prefix, dummy, cost.linear, cost.pair, tokenizer)
@@ -103,15 +102,10 @@ def _fingerprint(config: Config, system: System) -> str:
 
 
 def _cached(path: Path, shards: ShardSet, collator: Collator) -> TextCounts:
-    if path.exists():
-        with np.load(path, allow_pickle=False) as file:
-            return TextCounts(*(file[name] for name in TextCounts._fields))
+    if (arrays := load_arrays(path)) is not None:
+        return TextCounts(**arrays)
     counts = count_text(shards, collator)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    with hidden.open("wb") as file:
-        np.savez(file, **counts._asdict())
-    os.replace(hidden, path)
+    save_arrays(path, **counts._asdict())
     return counts
 
 
@@ -152,22 +146,24 @@ def _lengths(shards: ShardSet, text: TextCounts, family: Family, config: Config,
     data = config.data
     model = replace(family.dummy(), pixels=torch.empty(0))
 
-    @cache
     def of_size(size: tuple[int, int]) -> tuple[int, float]:
         """Visual tokens beyond one a run, and cost; -1 for frames that cannot be resized."""
+        if not any(size):
+            return 0, 0.0  # text alone
         try:
             grid = family.grid(data.num_frames, size, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
         except VideoError:
             return -1, 0.0
         return _runs(family, replace(model, grid=grid)), cost.vision(grid)
 
-    facts = [of_size((entry.height, entry.width)) if entry.height else (0, 0.0) for entry in shards.entries]
-    visual = np.repeat([tokens for tokens, _ in facts], [len(entry.conversations) for entry in shards.entries])
+    sizes, which = np.unique(shards.facts.sizes, axis=0, return_inverse=True)
+    visual, vision = np.array([of_size((int(h), int(w))) for h, w in sizes]).reshape(-1, 2)[which.reshape(-1)].T
+    visual = np.repeat(visual.astype(np.int64), shards.facts.counts)
     usable = (text.tokens > 0) & (visual >= 0)
     prefix = np.where(usable & (text.prefix > 0), text.prefix + visual, 0)
     return Lengths(
         prefix=prefix,
         branch=np.where(usable, text.tokens - text.prefix, 0),
         group=text.group,
-        vision=np.array([vision for _, vision in facts]),
+        vision=vision,
     )

@@ -1,6 +1,5 @@
 """From the plan to micro-batches: which packs this rank reads, and the batches made of them in loader workers."""
 
-import zipfile
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,10 +33,10 @@ class Order:
         counted: bool = False,
     ) -> None:
         data = config.data
-        self.shards = [ShardSet(part.path) for part in data.train]
+        self.shards = [ShardSet(part.path, cache=config.run.cache) for part in data.train]
         self._packs_per_step, self._cache, self._writes = data.packs_per_step, cache, writes
         self._data = [
-            DataSet(str(part.path), shards.digest, shards.entries, part.repeat, part.proportion)
+            DataSet(str(part.path), shards.digest, shards.facts, shards.entries, part.repeat, part.proportion)
             for part, shards in zip(data.train, self.shards)
         ]
         self._options = PlanOptions(
@@ -70,14 +69,10 @@ class Order:
     def _load(self, epoch: int) -> Plan:
         identity = plan_identity(self._data, self._options, epoch, self._tokens)
         path = self._cache and self._cache / f"epoch_{epoch:05d}_{identity[0][:16]}.npz"
-        if path is not None and path.exists():
-            try:
-                return load_plan(path, self._options, epoch, identity)
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-                pass  # damaged: it is made anew
+        if path is not None and (plan := load_plan(path, self._options, epoch, identity)) is not None:
+            return plan
         plan = make_plan(self._data, self._options, epoch, self._tokens)
         if path is not None and self._writes:
-            path.parent.mkdir(parents=True, exist_ok=True)
             plan.save(path)
         return plan
 

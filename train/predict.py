@@ -87,7 +87,7 @@ def load_run(run: Path) -> Config:
 
 
 def _units(config: Config, shards: ShardSet) -> list[tuple[int, tuple[int, ...]]]:
-    data = DataSet(str(shards.folder), shards.digest, shards.entries)
+    data = DataSet(str(shards.folder), shards.digest, shards.facts, shards.entries)
     tasks = None if config.data.tasks is None else tuple(config.data.tasks)
     plan = make_plan([data], PlanOptions(packs_per_step=1, seed=0, clips_per_pack=1, tasks=tasks, shuffle=False), 0)
     return [(unit.clip, unit.conversations) for unit in plan.units()]

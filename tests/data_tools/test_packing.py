@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from swim.data_tools.facts import facts_of
 from swim.data_tools.mixture import DataSet, PlanError, PlanOptions
 from swim.data_tools.packing import PACK_WINDOW, Lengths, TokenModel, first_fit
 from swim.data_tools.plan import Plan, PlanState, Unit, make_plan
@@ -25,7 +26,7 @@ def _options(**options: Any) -> PlanOptions:
 
 def _folder(name: str, num_conversations: list[int], **options: Any) -> DataSet:
     entries = [Entry(f"{name}{i}", {}, 8, 8, 2, 1, (FACTS,) * n, f"s{i // 9}") for i, n in enumerate(num_conversations)]
-    return DataSet(name, name, entries, **options)
+    return DataSet(name, name, facts_of(entries), entries, **options)
 
 
 def _world(seed: int, *, shared: bool) -> tuple[Data, TokenModel]:
@@ -47,7 +48,7 @@ def _world(seed: int, *, shared: bool) -> tuple[Data, TokenModel]:
 
 def _sequences(data: Data, model: TokenModel, unit: Unit) -> list[tuple[int, list[int]]]:
     """The sequences of a unit as (prefix, branches), one conversation after the other."""
-    lengths, first = model.lengths[unit.dataset], data[unit.dataset].bounds[unit.clip]
+    lengths, first = model.lengths[unit.dataset], data[unit.dataset].facts.bounds[unit.clip]
     sequences: list[tuple[int, list[int]]] = []
     last = None
     for number in unit.conversations:
@@ -158,11 +159,11 @@ def _log_normal(count: int) -> tuple[Data, TokenModel]:
     """Clips of log-normal lengths with two questions each, and costs of the size of a 7B model's."""
     rng = np.random.default_rng(0)
     clip = np.minimum(rng.lognormal(6.8, 0.7, count), 7000).astype(int)
-    entry = Entry("k", {}, 8, 8, 2, 1, (FACTS, FACTS), "s")
+    entries = [Entry("k", {}, 8, 8, 2, 1, (FACTS, FACTS), "s")] * count
     lengths = Lengths(
         np.repeat(clip, 2), rng.integers(20, 60, 2 * count), np.zeros(2 * count, int), clip * 1.2e10 * (1 + clip / 8192)
     )
-    return (DataSet("x", "x", [entry] * count),), TokenModel((lengths,), True, 3, 1.3e10, 4e5, "t")
+    return (DataSet("x", "x", facts_of(entries), entries),), TokenModel((lengths,), True, 3, 1.3e10, 4e5, "t")
 
 
 def test_packs_are_full_and_ranks_balanced_on_200_000_log_normal_lengths() -> None:

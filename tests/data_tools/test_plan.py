@@ -4,11 +4,13 @@ import itertools
 import math
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from swim.data_tools.facts import facts_of
 from swim.data_tools.mixture import DataSet, PlanError, PlanOptions
 from swim.data_tools.plan import Plan, PlanState, load_plan, make_plan
 from swim.data_tools.shards import ConversationFacts, Entry
@@ -26,7 +28,13 @@ def _entries(count: int) -> list[Entry]:
     return [entry(i) for i in range(count)]
 
 
-FOLDERS = (DataSet("first", "x", _entries(30)), DataSet("second", "y", _entries(21)))
+def _set(
+    name: str, digest: str, entries: Sequence[Entry], repeat: float = 1, proportion: float | None = None
+) -> DataSet:
+    return DataSet(name, digest, facts_of(entries), entries, repeat, proportion)
+
+
+FOLDERS = (_set("first", "x", _entries(30)), _set("second", "y", _entries(21)))
 
 
 def _plan(*, data: tuple[DataSet, ...] = FOLDERS, epoch: int = 0, **options: Any) -> Plan:
@@ -103,11 +111,11 @@ def test_the_order_of_earlier_releases_is_kept() -> None:
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "data": (
-        {"data": (FOLDERS[0], DataSet("second", "z", _entries(21)))},
+        {"data": (FOLDERS[0], _set("second", "z", _entries(21)))},
         r"data.train\[1\] \(second\) has other shards",
     ),
     "repeat": (
-        {"data": (FOLDERS[0], DataSet("second", "y", _entries(21), 2))},
+        {"data": (FOLDERS[0], _set("second", "y", _entries(21), 2))},
         r"second\) came 1 times an epoch, now 2",
     ),
     "order of data sets": ({"data": FOLDERS[::-1]}, r"data.train\[0\] \(first\) has other shards.*data.train\[1\]"),
@@ -165,7 +173,7 @@ def test_tasks_and_limits_choose_conversations() -> None:
 
 @pytest.mark.parametrize("repeat", [0.3, 1, 2.5, math.pi])
 def test_repetitions_are_even_over_the_epochs(repeat: float) -> None:
-    data = (FOLDERS[0], DataSet("second", "y", _entries(21), repeat))
+    data = (FOLDERS[0], _set("second", "y", _entries(21), repeat))
     total: Counter[tuple[int, int]] = Counter()
     for epoch in range(12):
         units = list(_plan(data=data, epoch=epoch).units())
@@ -181,7 +189,7 @@ def test_repetitions_are_even_over_the_epochs(repeat: float) -> None:
 
 
 def test_which_clips_come_once_more_depends_on_the_seed() -> None:
-    data = (DataSet("one", "x", _entries(30), 1.5),)
+    data = (_set("one", "x", _entries(30), 1.5),)
     twice = [
         frozenset(
             clip for (clip,), n in Counter((u.clip,) for u in _plan(data=data, seed=seed).units()).items() if n == 2
@@ -193,7 +201,7 @@ def test_which_clips_come_once_more_depends_on_the_seed() -> None:
 
 
 def test_proportions_share_an_epoch_as_long_as_all_sets_together() -> None:
-    data = tuple(DataSet(one.name, one.digest, one.entries, proportion=p) for one, p in zip(FOLDERS, (1, 2)))
+    data = tuple(_set(one.name, one.digest, one.entries, proportion=p) for one, p in zip(FOLDERS, (1, 2)))
     counts = Counter(unit.dataset for unit in _plan(data=data).units())
     assert counts == {0: 17, 1: 34}
     # Of clips with the wanted tasks: 30 - 8 and 21 - 6 of them.
@@ -202,18 +210,18 @@ def test_proportions_share_an_epoch_as_long_as_all_sets_together() -> None:
     assert abs(counts[0] - 37 / 3) < 1
     with pytest.raises(ValueError, match=r"1 of 2 data sets have a proportion; give one to all or to none"):
         _plan(data=(FOLDERS[0], data[1]))
-    other = DataSet("empty", "z", [], proportion=1)
+    other = _set("empty", "z", [], proportion=1)
     with pytest.raises(PlanError, match=r"empty has a proportion, but no conversation of the wanted tasks"):
         _plan(data=(*data, other))
 
 
 def test_an_epoch_may_be_empty() -> None:
-    plan = _plan(data=(DataSet("few", "x", _entries(2), 0.25),))
+    plan = _plan(data=(_set("few", "x", _entries(2), 0.25),))
     assert (plan.num_packs, plan.num_steps, list(plan.units())) == (0, 0, [])
 
 
 def test_shards_are_read_a_few_at_a_time() -> None:
-    data = (DataSet("first", "x", _entries(30)), DataSet("second", "y", _entries(20), 2))
+    data = (_set("first", "x", _entries(30)), _set("second", "y", _entries(20), 2))
     plan = _plan(data=data, shuffle_shards=2)
     assert sorted(plan.units()) == sorted(_plan(data=data).units())
     units = [(unit.dataset, unit.clip // 5) for unit in plan.units()]
@@ -236,6 +244,7 @@ def test_a_saved_plan_is_the_plan(tmp_path: Path) -> None:
     loaded = load_plan(
         tmp_path / "plan.npz", PlanOptions(clips_per_pack=3, packs_per_step=4, seed=7), 0, (plan.digest, plan.identity)
     )
+    assert loaded is not None
     assert _packs(loaded) == _packs(plan)
     assert [path.name for path in tmp_path.iterdir()] == ["plan.npz"]
 
@@ -251,7 +260,7 @@ def test_a_saved_plan_is_the_plan(tmp_path: Path) -> None:
         ({"max_conversations": 0}, ValueError, r"max_conversations is 0, must be at least 1"),
         ({"shuffle_shards": 0}, ValueError, r"shuffle_shards is 0, must be at least 1"),
         ({"tasks": ("a", "colour")}, PlanError, r"no conversation of task \['colour'\]; the data has \['a', 'b'\]"),
-        ({"data": (DataSet("none", "x", []),)}, PlanError, r"the data has \[\]"),
+        ({"data": (_set("none", "x", []),)}, PlanError, r"the data has \[\]"),
     ],
 )
 def test_impossible_plans_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:

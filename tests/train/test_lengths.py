@@ -125,7 +125,7 @@ def test_text_is_counted_once_for_all_pixel_budgets(folders, tmp_path, capsys):
     assert tokens("model.tokenizer.vocab_size=300") == 2
     assert tokens(kind="qwen3_vl") == 2
     assert tokens("data.frame_sampling=uniform", kind="qwen3_vl") == 2, "its text names the sampled frames' times"
-    assert len(list((tmp_path / "token_counts").iterdir())) == 10
+    assert len(list((tmp_path / ".cache").glob("tokens_*"))) == 10
 
 
 def test_a_changed_tokenizer_or_pixel_budget_is_refused_by_name(folders, tmp_path):
