@@ -96,12 +96,12 @@ class Units:
 def mixture(data: Sequence[DataSet], options: PlanOptions, rng: Streams) -> Units:
     """All units of the epoch, unshuffled: data sets, copies and clips in order."""
     present = {str(name) for one in data for name in one.facts.task_names}
-    wanted = present if options.tasks is None else set(options.tasks)
-    if not wanted or wanted - present:
-        raise PlanError(f"no conversation of task {sorted(wanted - present)}; the data has {sorted(present)}")
+    tasks = present if options.tasks is None else set(options.tasks)
+    if not tasks or tasks - present:
+        raise PlanError(f"no conversation of task {sorted(tasks - present)}; the data has {sorted(present)}")
     parts = []
     for number, (one, repeat) in enumerate(zip(data, repeats(data, options.tasks))):
-        kept = _kept(one, options.tasks)
+        kept = wanted(one, options.tasks)
         counts = _counts(kept, one.facts.bounds)
         clips = np.flatnonzero(counts)
         conversations = np.flatnonzero(kept) - np.repeat(one.facts.bounds[:-1], counts)
@@ -133,6 +133,14 @@ def shuffled(units: Units, data: Sequence[DataSet], options: PlanOptions, rng: S
     return order[np.argsort(which[order] // options.shuffle_shards, kind="stable")]
 
 
+def wanted(one: DataSet, tasks: Sequence[str] | None) -> np.ndarray:
+    """(C,) whether each conversation is of a wanted task."""
+    names, numbers = one.facts.task_names, one.facts.tasks
+    if tasks is None:
+        return np.ones(len(numbers), dtype=bool)
+    return np.isin(names, tasks)[numbers]
+
+
 def repeats(data: Sequence[DataSet], tasks: Sequence[str] | None) -> list[float]:
     """How often the clips of each data set come in an epoch, on average."""
     proportions = [one.proportion for one in data if one.proportion is not None]
@@ -141,7 +149,7 @@ def repeats(data: Sequence[DataSet], tasks: Sequence[str] | None) -> list[float]
     if len(proportions) < len(data):
         raise ValueError(f"{len(proportions)} of {len(data)} data sets have a proportion; give one to all or to none")
     # An epoch has as many clips as the sets have together.
-    sizes = [int(np.count_nonzero(_counts(_kept(one, tasks), one.facts.bounds))) for one in data]
+    sizes = [int(np.count_nonzero(_counts(wanted(one, tasks), one.facts.bounds))) for one in data]
     if empty := [one.name for one, size in zip(data, sizes) if not size]:
         raise PlanError(f"{empty[0]} has a proportion, but no conversation of the wanted tasks; leave it out")
     return [sum(sizes) * share / sum(proportions) / size for share, size in zip(proportions, sizes)]
@@ -174,14 +182,6 @@ def _drawn(units: Units, options: PlanOptions, rng: Streams) -> Units:
         place = rank
     kept = place < most
     return Units(units.dataset, units.clip, units.copy, np.minimum(units.count, most), units.conversation[kept])
-
-
-def _kept(one: DataSet, tasks: Sequence[str] | None) -> np.ndarray:
-    """(C,) whether each conversation is of a wanted task."""
-    names, numbers = one.facts.task_names, one.facts.tasks
-    if tasks is None:
-        return np.ones(len(numbers), dtype=bool)
-    return np.isin(names, tasks)[numbers]
 
 
 def _counts(kept: np.ndarray, bounds: np.ndarray) -> np.ndarray:

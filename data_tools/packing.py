@@ -4,11 +4,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NoReturn
 
 import numpy as np
 
-from swim.data_tools.mixture import STEPS, DataSet, PlanError, PlanOptions, Streams, Units
+from swim.data_tools.mixture import STEPS, DataSet, PlanError, PlanOptions, Streams, Units, wanted
 
 # Units packed together. First-fit-decreasing needs many small ones for the last gaps: on log-normal lengths, windows of
 # 256 units leave 1.7 % of the tokens empty, of 1024 0.6 %, of 4096 0.25 %. The time for units of a whole pack each, the
@@ -60,7 +59,7 @@ class Counted:
     """Tokens and costs of units: the lengths of all data sets behind each other."""
 
     def __init__(self, data: Sequence[DataSet], tokens: TokenModel) -> None:
-        self.data, self.dummy, self.shared = data, tokens.dummy, tokens.shared_prefix
+        self.dummy, self.shared = tokens.dummy, tokens.shared_prefix
         self.linear, self.pair = tokens.linear, tokens.pair
         self.first = np.cumsum([0, *(len(one.facts.counts) for one in data[:-1])])  # clip of each data set
         sizes = [one.facts.bounds[-1] for one in data]
@@ -83,24 +82,36 @@ class Counted:
             own[used[1:]] = ~same
         return unit, prefix, branch, own
 
-    def split(self, units: Units, budget: int) -> Units:
-        """A unit longer than a pack becomes several of the same clip, each with the next conversations that fit.
+    def check(self, data: Sequence[DataSet], tasks: Sequence[str] | None, budget: int) -> None:
+        """PlanError if a conversation of these tasks is longer than a pack, also if this epoch does not draw it."""
+        alone = self._alone(self.prefix, self.branch) * np.concatenate([wanted(one, tasks) for one in data])
+        if alone.max(initial=0) <= budget:
+            return
+        worst, others = int(alone.argmax()), np.count_nonzero(alone > budget) - 1
+        clip = int(np.searchsorted(self.bounds, worst, side="right")) - 1
+        number = int(np.searchsorted(self.first, clip, side="right")) - 1
+        key = f"{data[number].entries[clip - self.first[number]].key}#{worst - self.bounds[clip]}"
+        raise PlanError(
+            f"{data[number].name}: {key} has {alone[worst]} tokens, {self.prefix[worst]} of them up to the end of its "
+            f"clip; data.tokens_per_pack is {budget}, and {others} other conversations are longer as well. Raise it to "
+            f"{alone[worst]}, or lower data.max_pixels or data.num_frames"
+        )
 
-        PlanError for a conversation that is longer than a pack by itself.
-        """
+    def _alone(self, prefix: np.ndarray, branch: np.ndarray) -> np.ndarray:
+        """Tokens of a pack with this conversation alone, 0 for what cannot be used."""
+        return prefix + branch + np.where((prefix == 0) & (branch > 0), self.dummy, 0)
+
+    def split(self, units: Units, budget: int) -> Units:
+        """A unit longer than a pack becomes several of the same clip, each with the next conversations that fit."""
         unit, prefix, branch, own = self.conversations(units)
-        used = prefix + branch > 0
-        alone = prefix + branch + used * np.where(prefix, 0, self.dummy)
-        if alone.max(initial=0) > budget:
-            self._refuse(units, unit, prefix, alone, budget)
-        size = branch + own * prefix
+        alone, size = self._alone(prefix, branch), branch + own * prefix
         of_unit = np.bincount(unit, size, len(units)) + self.dummy * (np.bincount(unit, prefix, len(units)) == 0)
         piece = np.zeros(len(unit), dtype=np.int64)
         starts = np.cumsum(units.count) - units.count
         for long in np.flatnonzero(of_unit > budget):
             number, left = 0, None
             for at in range(starts[long], starts[long] + units.count[long]):
-                if used[at]:
+                if alone[at]:
                     fits = left is not None and size[at] <= left
                     number += left is not None and not fits
                     left = left - size[at] if fits else budget - alone[at]
@@ -109,15 +120,6 @@ class Counted:
         count = np.diff(new, append=len(unit))
         dataset, clip, copy = (x[unit[new]] for x in (units.dataset, units.clip, units.copy))
         return Units(dataset, clip, copy, count, units.conversation)
-
-    def _refuse(self, units: Units, unit: np.ndarray, prefix: np.ndarray, alone: np.ndarray, budget: int) -> NoReturn:
-        worst, others = int(alone.argmax()), np.count_nonzero(alone > budget) - 1
-        one, clip = self.data[units.dataset[unit[worst]]], units.clip[unit[worst]]
-        raise PlanError(
-            f"{one.name}: {one.entries[clip].key}#{units.conversation[worst]} has {alone[worst]} tokens, "
-            f"{prefix[worst]} of them up to the end of its clip; data.tokens_per_pack is {budget}, and {others} other "
-            f"conversations are longer as well. Raise it to {alone[worst]}, or lower data.max_pixels or data.num_frames"
-        )
 
     def units(self, units: Units) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(U,) tokens, cost, and whether the unit shows a clip."""

@@ -172,6 +172,7 @@ def make_plan(data: Sequence[DataSet], options: PlanOptions, epoch: int, tokens:
         pack = np.arange(len(units)) // options.clips_per_pack
     else:
         assert counted is not None  # plan_identity has asked for it
+        counted.check(data, options.tasks, budget)
         units = counted.split(units, budget)
         size, cost, seen = counted.units(units)
         pack = first_fit(size, np.where(seen, 0, counted.dummy), budget)

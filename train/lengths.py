@@ -1,7 +1,7 @@
 """How many tokens every conversation has and what they cost, without decoding: what the plan needs to fill packs.
 
-Text is counted once, by the very code that makes batches, and kept in `run.output`/.cache, one file per data set and per
-way of counting it. Visual tokens follow from the index facts and the pixel budget.
+Text is counted once, by the very code that makes batches, and kept in `run.output`/.cache, one file per data set and
+way of counting. Visual tokens follow from the index facts and the pixel budget.
 """
 
 import hashlib

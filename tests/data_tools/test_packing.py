@@ -129,6 +129,10 @@ def test_a_conversation_longer_than_a_pack_is_named() -> None:
         "y: y1#1 has 560 tokens, 300 of them up to the end of its clip; data.tokens_per_pack is 499, and 1 other "
         "conversations are longer as well. Raise it to 560, or lower data.max_pixels or data.num_frames"
     )
+    for epoch in range(4):  # whatever is drawn: a run must not find it after days
+        options = _options(tokens_per_pack=519, max_conversations=1)
+        with pytest.raises(PlanError, match=r"y: y1#1 has 560 tokens"):
+            make_plan(data, options, epoch, TokenModel((x, y), True, 11, 1.0, 1.0, "t"))
     # Text alone stands beside the dummy clip.
     text = Lengths(np.zeros(1, int), np.array([495]), np.zeros(1, int), np.zeros(1))
     model = TokenModel((text,), True, 11, 1.0, 1.0, "t")
