@@ -74,6 +74,9 @@ class Order:
         plan = make_plan(self._data, self._options, epoch, self._tokens)
         if path is not None and self._writes:
             plan.save(path)
+            for old in path.parent.glob("epoch_*.npz"):  # small data has many epochs
+                if 0 < int(old.name.split("_")[1]) < epoch - 1:
+                    old.unlink(missing_ok=True)
         return plan
 
     def _find(self, step: int) -> tuple[int, int]:

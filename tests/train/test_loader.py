@@ -117,6 +117,8 @@ def test_a_run_opened_late_makes_no_earlier_plan_and_none_that_is_there(data, tm
     assert state.epoch == 7
     assert set(made) == {*range(8)}
     made.clear()
+    kept = sorted(path.name.split("_")[1] for path in cache.iterdir())
+    assert kept == ["00000", "00006", "00007"], "the first, which every start looks at, and the last two"
     again = Order(config, system, cache=cache)
     assert again.resume(state) == late
     assert again.packs(late, 0, 1) == packs
