@@ -12,12 +12,15 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, overload
 
+import numpy as np
+
+from swim.data_tools.facts import FACTS_VERSION, Facts, facts_of, load_arrays, save_arrays
 from swim.data_tools.records import Masks, Record, RecordError, masks_json, parse_sample
 
 INDEX_VERSION = 1
@@ -216,50 +219,100 @@ class Sample:
 class ShardSet:
     """A folder of shards with random access by number or key, in order of shard names; safe to fork and to pickle.
 
-    `entries` are the index facts, `digest` is the SHA-256 of all indices, whatever the folder is called.
+    `entries` are the index facts, `facts` some of them as arrays, `digest` is the SHA-256 of all indices, whatever the
+    folder is called. With a folder `cache`, facts are kept there, and an index is parsed and checked only once.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, cache: Path | None = None) -> None:
         self.folder = Path(folder)
         self._files = _Files(self.folder)
         paths = sorted(self.folder.glob("*.tar"))
         if not paths:
             raise ShardError(f"{self.folder}: no *.tar found; give a folder that 'swim data' wrote")
         digest = hashlib.sha256()
-        self.entries: list[Entry] = []
+        texts = []
         for path in paths:
-            text = _read_index(path)
-            digest.update(text)
-            self.entries += _parse_index(path, text)
+            texts.append(_read_index(path))
+            digest.update(texts[-1])
+        self.entries: Sequence[Entry] = _Entries(paths, texts)
         self.digest = digest.hexdigest()
-        self._number = {entry.key: i for i, entry in enumerate(self.entries)}
-        if len(self._number) < len(self.entries):
-            twice = next(entry for i, entry in enumerate(self.entries) if self._number[entry.key] != i)
-            raise ShardError(f"{self.folder}: key {twice.key!r} is there twice; remove one of its shards")
+        self._number: dict[str, int] = {}
+        # Facts of this digest were taken from the same bytes, which were found to be good.
+        file = cache and cache / f"facts{FACTS_VERSION}_{self.digest[:24]}.npz"
+        arrays = load_arrays(file) if file is not None else None
+        self.facts = Facts(**arrays) if arrays is not None else facts_of(self._checked())
+        if file is not None and arrays is None:
+            save_arrays(file, **vars(self.facts))
+
+    def _checked(self) -> Iterator[Entry]:
+        keys = set()
+        for entry in self.entries:
+            if entry.key in keys:
+                raise ShardError(f"{self.folder}: key {entry.key!r} is there twice; remove one of its shards")
+            keys.add(entry.key)
+            yield entry
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def keys(self) -> list[str]:
         """Keys of all samples, in order."""
-        return list(self._number)
+        return list(self._numbers())
 
     def read_member(self, which: int | str, member: str) -> bytes:
         """Bytes of the member KEY.<member> of a sample by number or key; BadSample for damage."""
         return self._files.read(self._find(which), member)
 
-    def read(self, which: int | str) -> Sample:
-        """Sample by number or key; BadSample for damage, KeyError or IndexError if there is none."""
+    def read(self, which: int | str, *, masks: bool = True) -> Sample:
+        """Sample by number or key, without its masks on request; BadSample for damage, KeyError or IndexError if there
+        is none."""
         entry = self._find(which)
-        text = {name: self._files.read(entry, name) for name in ("json", "masks.json") if name in entry.members}
+        layers = ("json", "masks.json")[: 1 + masks]
+        text = {name: self._files.read(entry, name) for name in layers if name in entry.members}
         try:
-            record, masks = parse_sample(entry.key, text["json"], text.get("masks.json"))
+            parsed = parse_sample(entry.key, text["json"], text.get("masks.json"))
         except RecordError as error:
             raise BadSample(entry.key, entry.shard, entry.members["json"][0], str(error)) from error
-        return Sample(entry.key, record, masks, self._files, entry)
+        return Sample(entry.key, *parsed, self._files, entry)
 
     def _find(self, which: int | str) -> Entry:
-        return self.entries[self._number[which] if isinstance(which, str) else which]
+        return self.entries[self._numbers()[which] if isinstance(which, str) else which]
+
+    def _numbers(self) -> dict[str, int]:
+        if not self._number:
+            self._number = {entry.key: i for i, entry in enumerate(self.entries)}
+        return self._number
+
+
+class _Entries(Sequence[Entry]):
+    """The entries of indices, each parsed when it is asked for: parsed, they take six times the memory of their text,
+    and that in every process, since Python writes to whatever it reads."""
+
+    def __init__(self, paths: Sequence[Path], texts: Sequence[bytes]) -> None:
+        self._paths, self._texts = list(paths), list(texts)
+        self._starts = []  # of the lines behind the header
+        for text in texts:
+            starts = np.flatnonzero(np.frombuffer(text, np.uint8) == ord("\n")) + 1
+            self._starts.append(starts[starts < len(text)])
+        self._first = np.cumsum([0, *map(len, self._starts)])
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @overload
+    def __getitem__(self, which: int) -> Entry: ...
+    @overload
+    def __getitem__(self, which: slice) -> list[Entry]: ...
+    def __getitem__(self, which: int | slice) -> Entry | list[Entry]:
+        if isinstance(which, slice):
+            return [self[i] for i in range(*which.indices(len(self)))]
+        number = range(len(self))[which]
+        shard = int(np.searchsorted(self._first, number, side="right")) - 1
+        line = number - int(self._first[shard])
+        start = int(self._starts[shard][line])
+        text = self._texts[shard]
+        end = text.find(b"\n", start)
+        return _parse_line(self._paths[shard], line + 2, text[start : end if end >= 0 else None])
 
 
 class _File:
@@ -360,19 +413,18 @@ def _read_index(tar_path: Path) -> bytes:
     return text
 
 
-def _parse_index(tar_path: Path, text: bytes) -> Iterator[Entry]:
-    for number, line in enumerate(text.splitlines()[1:], 2):
-        try:
-            facts = json.loads(line)
-            members = {name: tuple(place) for name, place in facts.pop("members").items()}
-            conversations = tuple(
-                ConversationFacts(**item | {"span": item["span"] and tuple(item["span"])})
-                for item in facts.pop("conversations")
-            )
-            yield Entry(**facts, members=members, conversations=conversations, shard=tar_path.name)
-        except (ValueError, KeyError, TypeError) as error:
-            problem = f"line {number} is damaged ({error!r})"
-            raise ShardError(f"{_index_path(tar_path)}: {problem}; run 'swim data index {tar_path.parent}'") from error
+def _parse_line(tar_path: Path, number: int, line: bytes) -> Entry:
+    try:
+        facts = json.loads(line)
+        members = {name: tuple(place) for name, place in facts.pop("members").items()}
+        conversations = tuple(
+            ConversationFacts(**item | {"span": item["span"] and tuple(item["span"])})
+            for item in facts.pop("conversations")
+        )
+        return Entry(**facts, members=members, conversations=conversations, shard=tar_path.name)
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"line {number} is damaged ({error!r})"
+        raise ShardError(f"{_index_path(tar_path)}: {problem}; run 'swim data index {tar_path.parent}'") from error
 
 
 def sync(path: Path) -> None:

@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
             engine_file(config)
             print(config.launch.ranks or _num_gpus(), _free_port())
             return
-        from swim.data_tools.plan import PlanError
+        from swim.data_tools.mixture import PlanError
         from swim.data_tools.shards import ShardError
         from swim.train.checkpoint import CheckpointError
         from swim.train.loop import TrainingError, train

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,11 @@ def load_checkpoint(engine: Any, path: Path, world: World) -> PlanState:
         raise CheckpointError(
             f"{path}: written by {manifest['world']} ranks, this run has {world.size}; "
             f"start it with {manifest['world']} ranks"
+        )
+    if set(manifest["plan"]) != {field.name for field in fields(PlanState)}:
+        raise CheckpointError(
+            f"{path}: written by version {manifest['version']}, whose order version {__version__} cannot go on with; "
+            "finish the run with that version, or start a new one"
         )
     loaded, _ = engine.load_checkpoint(str(path.parent), tag=path.name)
     if loaded is None:

@@ -25,6 +25,24 @@ def train(context: typer.Context) -> None:
     raise typer.Exit(launch(context.args))
 
 
+@data_app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Recipe: a path, or the name of a file in recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Number of ranks; default: launch.ranks, or 1.")] = None,
+) -> None:
+    """Print what an epoch of a recipe will be: steps, packs, tokens, shares, balance between ranks. Needs no GPU."""
+    from swim.train.config import load_config
+    from swim.train.plan_report import plan_report
+
+    try:
+        config = load_config(recipe, overrides or ())
+        print(plan_report(config, world_size or config.launch.ranks or 1))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+
+
 @app.command()
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Folders of one or two finished runs; the first is the baseline.")],
@@ -70,7 +88,7 @@ def main() -> None:
     # Before torch is imported: on a few cores a second thread only waits for the first.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from swim.data_tools.plan import PlanError
+    from swim.data_tools.mixture import PlanError
     from swim.data_tools.shards import ShardError
     from swim.train.config import ConfigError
     from swim.train.demo import DemoError

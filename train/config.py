@@ -52,6 +52,11 @@ class RunConfig(Section):
         """The run folder."""
         return self.output / self.name
 
+    @property
+    def cache(self) -> Path:
+        """What runs on the same data need not make twice; it may be removed at any time."""
+        return self.output / ".cache"
+
 
 class TokenizerConfig(Section):
     """A small byte-level BPE trained on the fly, for models built from a config."""
@@ -115,21 +120,50 @@ class SynthConfig(Section):
     """Side of a frame in pixels."""
 
 
+class TrainSet(Section):
+    """A shard folder and its share of an epoch."""
+
+    path: Path
+    """Shard folder."""
+    repeat: float = Field(1.0, gt=0)
+    """Times that each clip comes in an epoch; with 2.5, twice or three times, and equally often over the epochs."""
+    proportion: float | None = Field(None, gt=0)
+    """Share of an epoch's clips, relative to the other folders; give it to all folders or to none. An epoch then has as
+    many clips as all folders together."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str | Path) else value
+
+    @model_validator(mode="after")
+    def _one_share(self) -> "TrainSet":
+        if self.proportion is not None and self.repeat != 1:
+            raise ValueError(f"data.train: {self.path} has repeat and proportion; give one of them")
+        return self
+
+
 class DataConfig(Section):
     """What is trained on and how it becomes batches."""
 
-    train: list[Path] = Field(min_length=1)
-    """Shard folders; one may be written without brackets."""
+    train: list[TrainSet] = Field(min_length=1)
+    """Shard folders, each as its path or as {path, repeat} or {path, proportion}; one path may stand without brackets.
+    By default every clip comes exactly once an epoch."""
     synth: SynthConfig | None = None
     """How to render `train` if it is missing."""
     tasks: list[str] | None = None
     """Tasks to keep; null keeps all."""
     max_conversations: int | None = Field(None, gt=0)
     """Conversations drawn per clip and epoch; null takes all."""
-    clips_per_pack: int = Field(1, gt=0)
-    """Clips in a micro-batch, with all their chosen conversations."""
+    clips_per_pack: int | None = Field(None, gt=0)
+    """Clips in a micro-batch, with all their chosen conversations; 1 unless `tokens_per_pack` is given."""
+    tokens_per_pack: int | None = Field(None, gt=0)
+    """Instead: fill micro-batches up to so many tokens, visual ones and a shared prefix once included, and make the
+    packs of a step cost about the same; needs `packed`."""
     packs_per_step: int = Field(1, gt=0)
     """Micro-batches of an optimizer step over all ranks."""
+    shuffle_shards: int | None = Field(None, gt=0)
+    """Shuffle shards, then clips among so many shards, for storage that reads shards whole; null shuffles all clips."""
     shared_prefix: bool = True
     """Conversations about a clip share its tokens: one copy of the clip, a branch for each conversation."""
     packed: bool = False
@@ -151,6 +185,34 @@ class DataConfig(Section):
     @classmethod
     def _one_folder(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_clip(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("clips_per_pack") is value.get("tokens_per_pack") is None:
+            return {**value, "clips_per_pack": 1}
+        return value
+
+    @model_validator(mode="after")
+    def _one_size(self) -> "DataConfig":
+        if None not in (self.clips_per_pack, self.tokens_per_pack):
+            raise ValueError(
+                f"data.tokens_per_pack {self.tokens_per_pack} and data.clips_per_pack {self.clips_per_pack} are both "
+                "given; set one of them to null"
+            )
+        if self.tokens_per_pack is not None and not self.packed:
+            # A row for each sequence is as wide as the longest: memory that no sum of tokens bounds.
+            raise ValueError(
+                "data.tokens_per_pack needs all sequences of a micro-batch in one row: set data.packed=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _all_or_none(self) -> "DataConfig":
+        without = [str(part.path) for part in self.train if part.proportion is None]
+        if 0 < len(without) < len(self.train):
+            raise ValueError(f"data.train: {without[0]} has no proportion, others have; give it to all or to none")
+        return self
 
     @model_validator(mode="after")
     def _pixels_in_order(self) -> "DataConfig":

@@ -18,7 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from swim.train.preprocess import CLIP, HALF, IMAGENET, Geometry, colours_of, patchify, processor_file, resize, side_of
+from swim.train.preprocess import (
+    CLIP,
+    HALF,
+    IMAGENET,
+    Geometry,
+    colours_of,
+    patchify,
+    processor_file,
+    resize,
+    side_of,
+    smart_resize,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,11 @@ class Family(ABC):
     template: str  # what the chat template writes for a video
     token: str  # the placeholder that the model replaces by visual features
     token_id: int
+    names_times = False  # whether `text` depends on which frames were sampled, not only on their number
+
+    @abstractmethod
+    def grid(self, num_frames: int, size: tuple[int, int], *, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:
+        """Token grid (T, h, w) that `pixels` gives to so many frames of `size` (height, width); VideoError as there."""
 
     @abstractmethod
     def pixels(self, frames: np.ndarray, *, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
@@ -81,6 +97,12 @@ class Qwen2VL(Family):
         self.frames_per_step = self.geometry.temporal_patch_size
         self.token_id = config.video_token_id
         self.token = self.template = _token(tokenizer, config.video_token_id)
+
+    def grid(self, num_frames: int, size: tuple[int, int], *, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:
+        """Merged tokens."""
+        cell = self.geometry.cell
+        height, width = smart_resize(*size, cell, min_pixels, max_pixels)
+        return -(-num_frames // self.frames_per_step), height // cell, width // cell
 
     def pixels(self, frames: np.ndarray, *, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:
         """Patch rows (T * H * W, values) and the grid of merged tokens."""
@@ -145,6 +167,7 @@ class Qwen3VL(Qwen2VL):
     """
 
     colours = HALF
+    names_times = True
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         super().__init__(config, tokenizer)
@@ -194,6 +217,10 @@ class _SquareFrames(Family):
     @abstractmethod
     def cells(self) -> int:
         """Visual tokens per row, and rows, of a frame."""
+
+    def grid(self, num_frames: int, size: tuple[int, int], *, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:  # noqa: ARG002
+        """The same square for every frame."""
+        return num_frames, self.cells, self.cells
 
     def pixels(self, frames: np.ndarray, *, min_pixels: int, max_pixels: int) -> tuple[Tensor, tuple[int, int, int]]:  # noqa: ARG002
         """Frames (N, 3, side, side) and the grid."""

@@ -1,66 +1,115 @@
 """From the plan to micro-batches: which packs this rank reads, and the batches made of them in loader workers."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from swim.data_tools.plan import Pack, Plan, PlanState, make_plan
+from swim.data_tools.mixture import DataSet, PlanOptions, repeats
+from swim.data_tools.plan import Pack, Plan, PlanState, load_plan, make_plan, plan_identity
 from swim.data_tools.shards import BadSample, ShardSet
 from swim.train.batch import Batch, Hole
 from swim.train.config import Config
-from swim.train.system import Collator, Request
+from swim.train.lengths import token_model
+from swim.train.system import Collator, Request, System
 
 
 class Order:
-    """The plans of all epochs of a run, laid one behind the other; the same on every rank."""
+    """The plans of all epochs of a run, laid one behind the other; the same on every rank.
 
-    def __init__(self, config: Config) -> None:
-        self.shards = [ShardSet(folder) for folder in config.data.train]
-        self._config = config
+    A token budget needs the `system`; with one, plans know their tokens in any case if `counted`. Plans are kept in the
+    folder `cache`, and written there if `writes`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        system: System | None = None,
+        *,
+        cache: Path | None = None,
+        writes: bool = True,
+        counted: bool = False,
+    ) -> None:
+        data = config.data
+        self.shards = [ShardSet(part.path, cache=config.run.cache) for part in data.train]
+        self._packs_per_step, self._cache, self._writes = data.packs_per_step, cache, writes
+        self._data = [
+            DataSet(str(part.path), shards.digest, shards.facts, shards.entries, part.repeat, part.proportion)
+            for part, shards in zip(data.train, self.shards)
+        ]
+        self._options = PlanOptions(
+            packs_per_step=data.packs_per_step,
+            seed=config.run.seed,
+            clips_per_pack=data.clips_per_pack,
+            tokens_per_pack=data.tokens_per_pack,
+            tasks=None if data.tasks is None else tuple(data.tasks),
+            max_conversations=data.max_conversations,
+            shuffle_shards=data.shuffle_shards,
+        )
+        counted = counted or data.tokens_per_pack is not None
+        self._tokens = token_model(config, system, self.shards) if counted and system is not None else None
         self._plans: dict[int, Plan] = {}
-        self.steps_per_epoch = self.plan(0).num_steps
+        self._starts = [(0, 0)]  # first step of the run, and number, of the epochs known so far
+        self.plan(0)
 
     def plan(self, epoch: int) -> Plan:
         """The plan of one epoch."""
         if epoch not in self._plans:
             if len(self._plans) > 2:
                 self._plans.clear()  # a long run has many epochs
-            data = self._config.data
-            self._plans[epoch] = make_plan(
-                [shards.digest for shards in self.shards],
-                [shards.entries for shards in self.shards],
-                weights=None,
-                clips_per_pack=data.clips_per_pack,
-                packs_per_step=data.packs_per_step,
-                seed=self._config.run.seed,
-                epoch=epoch,
-                tasks=data.tasks,
-                max_conversations=data.max_conversations,
-            )
+            self._plans[epoch] = self._load(epoch)
         return self._plans[epoch]
+
+    def repeats(self) -> list[float]:
+        """How often the clips of each data set come in an epoch, on average."""
+        return repeats(self._data, self._options.tasks)
+
+    def _load(self, epoch: int) -> Plan:
+        identity = plan_identity(self._data, self._options, epoch, self._tokens)
+        path = self._cache and self._cache / f"epoch_{epoch:05d}_{identity[0][:16]}.npz"
+        if path is not None and (plan := load_plan(path, self._options, epoch, identity)) is not None:
+            return plan
+        plan = make_plan(self._data, self._options, epoch, self._tokens)
+        if path is not None and self._writes:
+            plan.save(path)
+            for old in path.parent.glob("epoch_*.npz"):  # small data has many epochs
+                if 0 < int(old.name.split("_")[1]) < epoch - 1:
+                    old.unlink(missing_ok=True)
+        return plan
+
+    def _find(self, step: int) -> tuple[int, int]:
+        """Epoch and step inside it of a step counted over the whole run; epochs differ in length by their packing."""
+        start, epoch = self._starts[bisect_right(self._starts, (step, 1 << 62)) - 1]
+        while step - start >= (length := self.plan(epoch).num_steps):
+            start, epoch = start + length, epoch + 1
+            self._starts.append((start, epoch))
+        return epoch, step - start
 
     def packs(self, step: int, rank: int, size: int) -> list[Pack | None]:
         """This rank's packs of a step counted over the whole run; None is a dummy pack. Every rank gets equally
         many."""
-        epoch, step = divmod(step, self.steps_per_epoch)
+        epoch, step = self._find(step)
         own = self.plan(epoch).rank_packs(step, rank, size)
         # The last step of an epoch may have fewer packs: accumulation is fixed in the engine, so dummies fill it up.
         return own + [None] * (self.micro_batches(size) - len(own))
 
     def micro_batches(self, size: int) -> int:
         """Micro-batches per rank and step: ceil(packs per step / ranks)."""
-        return -(-self._config.data.packs_per_step // size)
+        return -(-self._packs_per_step // size)
 
     def state(self, step: int) -> PlanState:
         """Position after `step` steps of the run."""
-        epoch, step = divmod(step, self.steps_per_epoch)
-        return PlanState(epoch, step, self.plan(epoch).digest)
+        epoch, in_epoch = self._find(step)
+        plan = self.plan(epoch)
+        return PlanState(step, epoch, in_epoch, plan.digest, plan.identity)
 
     def resume(self, state: PlanState) -> int:
         """Steps of the run that `state` stands for; PlanError if the order has changed since."""
-        state.check(self.plan(state.epoch))
-        return state.epoch * self.steps_per_epoch + state.step
+        state.check(self.plan(state.epoch), [one.name for one in self._data])
+        self._starts = [(state.run_step - state.step, state.epoch)]  # no plan of an earlier epoch is needed
+        return state.run_step
 
 
 class _Steps(Dataset[list[Batch]]):

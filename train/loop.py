@@ -18,6 +18,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from swim.data_tools.mixture import PlanError
+from swim.data_tools.shards import ShardError
 from swim.data_tools.synth import synthesise
 from swim.train.batch import Batch
 from swim.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
@@ -42,11 +44,8 @@ def train(config: Config) -> Path:
             print(f"{folder} is finished: its model is {folder / 'model'}; give run.name another value to train anew")
         world.close()
         return folder
-    order, system = Order(config), build_system(config)
-    if len(set(world.gather(order.plan(0).digest))) > 1:
-        raise ConfigError(
-            f"the ranks see different data in {[str(path) for path in config.data.train]}; compare the nodes"
-        )
+    system = build_system(config)
+    order = _build_order(config, system, world)
     engine = _build_engine(config, system, order.micro_batches(world.size), world)
     start = _resume(engine, order, folder, world)
     stop = min(config.run.stop_after or config.run.steps, config.run.steps)
@@ -171,6 +170,23 @@ def _build_engine(config: Config, system: System, micro_batches: int, world: Wor
     return engine
 
 
+def _build_order(config: Config, system: System, world: World) -> Order:
+    """The order of the run. The main rank is first: it counts tokens and writes plans, the others read them."""
+    order, problem, cache = None, None, config.run.folder / "plans"
+    if world.is_main:
+        try:
+            order = Order(config, system, cache=cache)
+        except (ConfigError, ShardError, PlanError) as error:
+            problem = error
+    if problem := world.gather(problem)[0]:
+        raise problem
+    order = order or Order(config, system, cache=cache, writes=False)
+    if len(set(world.gather(order.plan(0).digest))) > 1:
+        folders = [str(part.path) for part in config.data.train]
+        raise ConfigError(f"the ranks see different data in {folders}; compare the nodes")
+    return order
+
+
 def _prepare(config: Config, world: World) -> None:
     """Run folder, resolved configuration and synthetic data if asked for: made by the main rank, awaited by all."""
     problem = None
@@ -186,7 +202,7 @@ def _prepare(config: Config, world: World) -> None:
 
 
 def _render(config: Config) -> None:
-    synth, folder = config.data.synth, config.data.train[0]
+    synth, folder = config.data.synth, config.data.train[0].path
     if synth is None:
         return
     recipe, wanted = folder / "synth.json", json.dumps(synth.model_dump())

@@ -10,6 +10,7 @@ import torch
 import yaml
 from rich.progress import track
 
+from swim.data_tools.mixture import DataSet, PlanOptions
 from swim.data_tools.plan import make_plan
 from swim.data_tools.shards import BadSample, ShardSet
 from swim.train.config import Config, parse_config
@@ -86,15 +87,7 @@ def load_run(run: Path) -> Config:
 
 
 def _units(config: Config, shards: ShardSet) -> list[tuple[int, tuple[int, ...]]]:
-    plan = make_plan(
-        [shards.digest],
-        [shards.entries],
-        weights=None,
-        clips_per_pack=1,
-        packs_per_step=1,
-        seed=0,
-        epoch=0,
-        tasks=config.data.tasks,
-        shuffle=False,
-    )
-    return [(unit.clip, unit.conversations) for pack in plan.packs for unit in pack]
+    data = DataSet(str(shards.folder), shards.digest, shards.facts, shards.entries)
+    tasks = None if config.data.tasks is None else tuple(config.data.tasks)
+    plan = make_plan([data], PlanOptions(packs_per_step=1, seed=0, clips_per_pack=1, tasks=tasks, shuffle=False), 0)
+    return [(unit.clip, unit.conversations) for unit in plan.units()]

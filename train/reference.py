@@ -1,8 +1,9 @@
 """The configuration reference, made from the fields' docstrings: `make docs` writes it to docs/config.md."""
 
 import importlib
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from pydantic import BaseModel
 
@@ -31,9 +32,15 @@ def reference() -> str:
 def _rows(name: str, field: Any) -> list[str]:
     options = [field.annotation, *getattr(field.annotation, "__args__", ())]
     section = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    if section is not None:
-        return [row for key, inner in section.model_fields.items() for row in _rows(f"{name}.{key}", inner)]
+    many = get_origin(field.annotation) is list
+    inner = [
+        row
+        for key, field_of in (section.model_fields.items() if section else ())
+        for row in _rows(f"{name}{'[]' * many}.{key}", field_of)
+    ]
+    if section is not None and not many:
+        return inner
     kind = field.annotation.__name__ if isinstance(field.annotation, type) else str(field.annotation)
-    kind = kind.replace("typing.", "").replace("pathlib.", "").replace("|", "\\|")
+    kind = re.sub(r"\w+\.", "", kind).replace("|", "\\|")
     default = "required" if field.is_required() else f"`{field.get_default(call_default_factory=True)}`"
-    return [f"| `{name}` | {kind} | {default} | {field.description or ''} |"]
+    return [f"| `{name}` | {kind} | {default} | {(field.description or '').replace(chr(10), ' ')} |", *inner]

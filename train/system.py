@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from swim.data_tools.shards import Sample
 from swim.train.batch import Batch, Hole
 from swim.train.config import Config
+from swim.train.encode import ConversationEncoder, Encoded
+from swim.train.families import Clip
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,15 @@ class Request:
 class Collator(Protocol):
     """Makes a batch in a loader worker: picklable, no parameters."""
 
+    encoder: ConversationEncoder
+
     def __call__(self, requests: Sequence[Request], holes: Sequence[Hole] = ()) -> Batch:
         """One micro-batch; what cannot be read becomes a hole, never a substitute."""
+        ...
+
+    def measure(self, request: Request) -> list[tuple[str, Encoded, Clip | None]]:
+        """Id, tokens and clip of the conversations of a batch of this request, nothing decoded and every step of the
+        clip one cell; without those that would be holes."""
         ...
 
 
@@ -51,6 +60,7 @@ class System(Protocol):
 
     collator: Collator
     tokenizer: Any  # saved beside the model
+    model_config: Any  # the transformers config
 
     def build_model(self) -> nn.Module:
         """The model to be wrapped by the engine (under ZeRO-3 its parameters are partitioned as they are made)."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from swim.data_tools import shards as shards_module
 from swim.data_tools.records import Conversation, Media, Record, RecordError, Turn, masks_json
 from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, ShardWriter, index_shard
 from swim.data_tools.synth import synthesise
@@ -144,6 +145,7 @@ def test_a_flipped_bit_is_found(copied: Path, member: str) -> None:
 
 def test_invalid_records_and_short_reads_are_bad_samples(copied: Path) -> None:
     shards = ShardSet(copied)
+    shards.entries = list(shards.entries)  # an index that says something else
     entry = shards.entries[1]
     entry.members["json"] = entry.members["masks.json"]
     with pytest.raises(BadSample, match=r"record 'synth_5_000001', .*: (Field required|unknown key)"):
@@ -269,3 +271,27 @@ def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert shards.read(i).media() == bytes([i])
     assert len(list(Path("/proc/self/fd").iterdir())) == before + 3
     assert json.loads((tmp_path / "shard-000007.index.jsonl").read_text().splitlines()[0])["version"] == 1
+
+
+def test_a_cached_index_is_parsed_once_and_lines_are_parsed_when_asked_for(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ShardSet(copied)
+    first = ShardSet(copied, cache=tmp_path / "cache")
+    parsed = []
+    parse = shards_module._parse_line
+    monkeypatch.setattr(shards_module, "_parse_line", lambda *args: parsed.append(args[1]) or parse(*args))
+    again = ShardSet(copied, cache=tmp_path / "cache")
+    assert (len(again), again.digest, parsed) == (len(whole), whole.digest, [])
+    for name, value in vars(first.facts).items():
+        assert getattr(again.facts, name).tolist() == value.tolist() == getattr(whole.facts, name).tolist()
+    assert again.entries[-2] == whole.entries[len(whole) - 2]
+    assert len(parsed) == 2
+    assert again.entries[1:3] == list(whole.entries)[1:3]
+    with pytest.raises(IndexError):
+        again.entries[len(again)]
+    # Another index is looked at anew, and a damaged one refused whatever is cached.
+    path = next(copied.glob("*.index.jsonl"))
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ShardError, match=r"line \d+ is damaged"):
+        ShardSet(copied, cache=tmp_path / "cache")

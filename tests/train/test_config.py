@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from swim.train.config import Config, ConfigError, load_config, parse_config
+from swim.train.config import Config, ConfigError, TrainSet, load_config, parse_config
 from swim.train.system import build_system
 from swim.train.systems.swim.config import Config as SwimConfig
 
@@ -246,4 +246,29 @@ def test_every_field_has_a_line_of_documentation():
 
 
 def test_one_data_folder_needs_no_brackets():
-    assert load_config("tiny_cpu", ["data.train=clips"]).data.train == [Path("clips")]
+    assert load_config("tiny_cpu", ["data.train=clips"]).data.train == [TrainSet(path=Path("clips"))]
+
+
+def test_folders_have_their_share():
+    train = load_config("tiny_cpu", ["data.train=[a, {path: b, repeat: 2.5}]"]).data.train
+    assert train == [TrainSet(path=Path("a")), TrainSet(path=Path("b"), repeat=2.5)]
+    assert error_of("data.train=[a, {path: b, repeats: 2}]").endswith("unknown key; did you mean 'repeat'?")
+    assert "repeat: Input should be greater than 0, got 0" in error_of("data.train=[a, {path: b, repeat: 0}]")
+    assert "data.train: a has no proportion, others have; give it to all or to none" in error_of(
+        "data.train=[a, {path: b, proportion: 2}]"
+    )
+    assert "b has repeat and proportion; give one of them" in error_of(
+        "data.train=[{path: b, proportion: 2, repeat: 2}]"
+    )
+
+
+def test_a_pack_has_a_number_of_clips_or_of_tokens():
+    recipe = next(path for path in RECIPES if path.stem == "swim_7b")
+    assert load_config(recipe).data.clips_per_pack == 1
+    by_tokens = ["data.tokens_per_pack=9000", "data.packed=true"]
+    data = load_config(recipe, by_tokens).data
+    assert (data.clips_per_pack, data.tokens_per_pack) == (None, 9000)
+    assert "data.tokens_per_pack 9000 and data.clips_per_pack 3 are both given; set one of them to null" in error_of(
+        *by_tokens
+    )
+    assert error_of("data.tokens_per_pack=9000", "data.clips_per_pack=null").endswith("set data.packed=true")

@@ -131,6 +131,27 @@ def test_two_ranks_equal_a_plain_torch_loop(mixed, tmp_path, base, layout):
     assert largest_difference(parameters(stock(mixed / base)), trained) > 5e-4, "training must move the weights"
 
 
+@pytest.mark.slow
+def test_one_to_four_ranks_train_alike(mixed, tmp_path):
+    """Real runs with a token budget and a mixture: five packs a step, dealt out unevenly."""
+    shares = f"data.train=[{mixed / 'clips'}, {{path: {mixed / 'text'}, repeat: 1.5}}]"
+    budget = ["data.clips_per_pack=null", "data.tokens_per_pack=420", "data.packed=true", "data.packs_per_step=5"]
+    options = arguments(mixed, shares, *budget, "run.steps=3", "run.seed=4", "optim.lr=2e-4")
+    for ranks in range(1, 5):
+        run([*options, f"run.name=ranks{ranks}", f"launch.ranks={ranks}"], cwd=tmp_path, timeout_s=400)
+    one, *others = (tmp_path / "runs" / f"ranks{ranks}" for ranks in range(1, 5))
+    for other in others:
+        for a, b in zip(metrics(one), metrics(other), strict=True):
+            assert {k: v for k, v in a.items() if k.startswith("count/")} | {"count/tokens": 0} == {
+                k: v for k, v in b.items() if k.startswith("count/")
+            } | {"count/tokens": 0}, "but for the tokens of dummy packs"
+            for name in ("loss/text", "loss/mask", "grad_norm"):
+                assert b[name] == pytest.approx(a[name], rel=1e-6, abs=1e-6)
+        trained = [parameters(stock(folder / "model")) for folder in (one, other)]
+        assert largest_difference(*trained) < 1e-6
+    assert largest_difference(parameters(stock(mixed / "base")), trained[0]) > 1e-4, "training must move the weights"
+
+
 def stock(folder: Path) -> torch.nn.Module:
     """The model as any user of transformers loads it; nothing may be missing or unexpected."""
     model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
@@ -211,6 +232,12 @@ def test_a_damaged_checkpoint_is_refused_and_another_configuration_too(mixed, tm
     code, output = finish(start([*options, "optim.lr=0.5"], cwd=tmp_path))
     assert code == 2
     assert "another configuration" in output
+
+    # The share of a folder is a part of the order, not of the configuration: folders may move.
+    shares = f"data.train=[{mixed / 'clips'}, {{path: {mixed / 'text'}, repeat: 2}}]"
+    code, output = finish(start([*options, shares], cwd=tmp_path))
+    assert code == 2
+    assert f"data.train[1] ({mixed / 'text'}) came 1 times an epoch, now 2. Restore that to resume, or start" in output
 
     (victim,) = (folder / "checkpoints" / "step_00000002").glob("*rank_1_*optim_states.pt")
     damaged = bytearray(victim.read_bytes())

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from swim.data_tools.records import Masks, RecordError
 from swim.data_tools.shards import BadSample, Sample
@@ -87,36 +89,44 @@ class SwimCollator:
     def encode(self, request: Request) -> tuple[Conversations, list[Hole]]:
         """The request's conversations as tokens, and a hole for each that cannot become any."""
         sample = request.sample
-        names = [f"{sample.key}#{i}" for i in request.conversations]
         try:
             clip = self.load_clip(sample)
         except (BadSample, VideoError, RecordError) as error:
-            return [], [_hole(sample, name, error) for name in names]
+            return [], [_hole(sample, f"{sample.key}#{i}", error) for i in request.conversations]
+        return self._encode(request, clip)
+
+    def measure(self, request: Request) -> Conversations:
+        """What `encode` would give about an undecoded clip with one cell a step; without the conversations that become
+        holes."""
+        try:
+            chosen = self._choose(request.sample)
+        except RecordError:
+            return []
+        if chosen is None:
+            return self._encode(request, None)[0]
+        steps = -(-len(chosen) // self.encoder.family.frames_per_step)
+        return self._encode(request, self._clip(request.sample, chosen, torch.empty(0), (steps, 1, 1)))[0]
+
+    def _encode(self, request: Request, clip: Clip | None) -> tuple[Conversations, list[Hole]]:
+        record = request.sample.record
         conversations: Conversations = []
         holes = []
-        for i, name in zip(request.conversations, names):
+        for i in request.conversations:
+            name = f"{request.sample.key}#{i}"
             try:
-                if (span := sample.record.conversations[i].span) is not None:
+                if (span := record.conversations[i].span) is not None:
                     raise RecordError(f"{name}: span {list(span)}: only conversations about the whole clip can be used")
-                conversations.append((name, self.encoder(sample.record.conversations[i], name=name, clip=clip), clip))
+                conversations.append((name, self.encoder(record.conversations[i], name=name, clip=clip), clip))
             except RecordError as error:
-                holes.append(_hole(sample, name, error))
+                holes.append(_hole(request.sample, name, error))
         return conversations, holes
 
     def load_clip(self, sample: Sample) -> Clip | None:
         """Decode and patchify the clip's sampled frames; None for a record without media. BadSample or VideoError if
         unreadable."""
-        if not sample.record.media:
+        if (chosen := self._choose(sample)) is None:
             return None
         media = sample.record.media[0]
-        if media.kind != "video" or len(sample.record.media) > 1:
-            kinds = [item.kind for item in sample.record.media]
-            raise RecordError(f"{sample.key}: media {kinds}: only records with one video, or none, can be used")
-        annotated = None
-        if self.data.frame_sampling == "annotated":
-            annotated = sorted({frame for frames in sample.masks.values() for frame in frames})
-        per_step = self.encoder.family.frames_per_step
-        chosen = choose_frames(media.num_frames, self.data.num_frames, annotated)
         pixels = decode_frames(sample.media(), chosen)
         if pixels.shape[1:3] != (media.height, media.width):
             raise VideoError(
@@ -126,6 +136,23 @@ class SwimCollator:
         cells, grid = self.encoder.family.pixels(
             pixels, min_pixels=self.data.min_pixels, max_pixels=self.data.max_pixels
         )
+        return self._clip(sample, chosen, cells, grid)
+
+    def _choose(self, sample: Sample) -> list[int] | None:
+        """Frames to decode, None for a record without media; RecordError for other media than one video."""
+        if not sample.record.media:
+            return None
+        media = sample.record.media[0]
+        if media.kind != "video" or len(sample.record.media) > 1:
+            kinds = [item.kind for item in sample.record.media]
+            raise RecordError(f"{sample.key}: media {kinds}: only records with one video, or none, can be used")
+        annotated = None
+        if self.data.frame_sampling == "annotated":
+            annotated = sorted({frame for frames in sample.masks.values() for frame in frames})
+        return choose_frames(media.num_frames, self.data.num_frames, annotated)
+
+    def _clip(self, sample: Sample, chosen: list[int], cells: Tensor, grid: tuple[int, int, int]) -> Clip:
+        per_step, fps = self.encoder.family.frames_per_step, sample.record.media[0].fps
         # A clip shorter than num_frames ends in repetitions of its last frame, which take no time.
         spacing = max(1.0, (chosen[-1] - chosen[0]) / max(len(chosen) - 1, 1))
         return Clip(
@@ -133,8 +160,8 @@ class SwimCollator:
             pixels=cells,
             grid=grid,
             frames=[chosen[t * per_step : (t + 1) * per_step] for t in range(grid[0])],
-            seconds_per_step=per_step * spacing / media.fps,
-            fps=media.fps,
+            seconds_per_step=per_step * spacing / fps,
+            fps=fps,
         )
 
 
