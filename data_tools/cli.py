@@ -1,6 +1,7 @@
 """Commands `swim data ...`: make, convert, index, check and show shards."""
 
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -8,13 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from swim.data_tools.convert import SKIPPED_FILE, convert
 from swim.data_tools.records import record_schema
 from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, index_shard
 from swim.data_tools.sources import conversations, jsonl, llava_video, nl_refer, sav, videorefer
+from swim.data_tools.stats import QUANTILES, shard_stats
 from swim.data_tools.synth import synthesise
 from swim.data_tools.video import VideoError, decode_frames, probe
 
@@ -166,9 +170,43 @@ def show(
 
 
 @app.command()
+@one_message
+def stats(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Count clips, conversations, mentions, objects, masks, sizes and licences; exit with 1 if a sample is bad."""
+    shards = ShardSet(folder)
+    found = shard_stats(shards, progress(range(len(shards)), "counting"))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_stats(found)
+    if found["bad"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a record, with that of the masks layer in $defs."""
     print(record_schema(), end="")
+
+
+def _print_stats(found: dict[str, Any]) -> None:
+    # No markup: brackets in names from data are text.
+    console = Console(markup=False, emoji=False, highlight=False)
+    table = Table("", "", "number", "share", box=box.SIMPLE)
+    for name in ("clips", "objects", "bytes"):
+        table.add_row(name, "", f"{found[name]:,}", "")
+    for name in ("conversations", "mentions", "masks", "sources", "licenses"):
+        whole = sum(found[name].values())
+        for i, (kind, count) in enumerate(found[name].items()):
+            share = f"{count / whole:.1%}" if whole else ""
+            table.add_row("" if i else name, repr(kind)[1:-1], f"{count:,}", share)
+    console.print(table)
+    table = Table("", *QUANTILES, box=box.SIMPLE)
+    for name, values in found["quantiles"].items():
+        table.add_row(name, *(f"{value:g}" for value in values.values()))
+    console.print(table)
+    for problem in found["bad"]:
+        print(problem)
 
 
 def _check_media(sample: Sample) -> None:

@@ -1,7 +1,7 @@
 """results.json, predictions and training logs -> one HTML page without requests: what supervision did, where it fails.
 
-Words and layout are in the templates beside this file, pictures in figures.py; here is what the page is filled with. Every string
-from data is escaped by the template, and the page's own policy forbids every request, so it opens offline.
+Words and layout are in the templates beside this file, pictures in figures.py; here is what the page is filled with.
+Every string from data is escaped by the template, and the page's own policy forbids every request, so it opens offline.
 """
 
 import base64

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from swim.data_tools.records import Conversation, Masks, Record, RecordError, Turn
+from swim.data_tools.records import Masks, Record, RecordError, Turn
 from swim.data_tools.shards import BadSample, Sample, ShardSet
 from swim.data_tools.video import VideoError, decode_frames
 from swim.evaluation.figures import strip_png
@@ -237,6 +237,7 @@ def _pieces(
 
 def _annotation(sample: Sample, name: str) -> tuple[int, int, int]:
     """Frames of the stored video in which the object is present, absent, and not annotated."""
-    steps = [step_coverage([name], sample.masks, [frame], (1, 1)) for frame in range(sample.record.media[0].num_frames)] if sample.record.media else []
+    num_frames = sample.record.media[0].num_frames if sample.record.media else 0
+    steps = [step_coverage([name], sample.masks, [frame], (1, 1)) for frame in range(num_frames)]
     states = [_state(step) for step in steps]
     return states.count(""), states.count("absent"), states.count("not annotated")
