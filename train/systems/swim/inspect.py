@@ -83,6 +83,7 @@ class Entry:
     clip: Clip | None = None
     objects: Sequence[tuple[str, str, int, int, int]] = ()  # id, label, frames present, absent, not annotated
     talks: Sequence[Talk] = ()
+    other_tasks: int = 0  # conversations that data.tasks leaves out
     targets: Sequence[Target] = ()
     batch: SwimBatch | None = field(default=None, repr=False)
 
@@ -134,7 +135,7 @@ def inspect_clip(shards: ShardSet, key: str, system: SwimSystem) -> Entry:
         clip = encoded[0][2]
         found_targets = {noun.object_ids: steps for noun, steps in zip(batch.nouns, batch.coverages)}
         colours = dict(zip(found_targets, itertools.cycle(PALETTE)))
-        labels = {thing.id: f"{thing.id} {thing.label}" for thing in sample.record.objects}
+        labels = {thing.id: f"{thing.label} (id {thing.id})" for thing in sample.record.objects}
         targets = []
         if clip is not None:
             frames = _drawn(decode_frames(sample.media(), [frame for step in clip.frames for frame in step]))
@@ -165,7 +166,8 @@ def inspect_clip(shards: ShardSet, key: str, system: SwimSystem) -> Entry:
         counts = int((one.types == 0).sum()), int((one.labels != IGNORE).sum())
         talks.append(Talk(name, conversation.task, *counts, turns))
     objects = [(thing.id, thing.label, *_annotation(sample, thing.id)) for thing in sample.record.objects]
-    return Entry(key, holes, sample.place, sample.record, clip, objects, talks, targets, batch)
+    others = len(conversations) - len(chosen)
+    return Entry(key, holes, sample.place, sample.record, clip, objects, talks, others, targets, batch)
 
 
 def _strips(
@@ -227,11 +229,11 @@ def _pieces(
             named = " and ".join(labels.get(name, name) for name in ids) or "no object"
             if found := owned.get((number, mention.start, mention.end, ids)):
                 colour = colours[ids]
-                notes.append(f"{len(found)} tokens {found} → {named}")
+                notes.append(f"tokens {found} → {named}")
             else:
                 blind = mention.kind == "noun" and ids
-                why = "stands before the clip and sees none of it" if blind else "is not supervised"
-                notes.append(f"{mention.kind} → {named}; {why}")
+                why = "stands before the clip and sees none of it" if blind else "not supervised"
+                notes.append(f"{mention.kind} → {named}, {why}")
         yield Piece(turn.text[start:end], "; ".join(notes), colour)
 
 
