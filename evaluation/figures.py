@@ -88,8 +88,8 @@ def strip_figure(
             else:
                 _draw(axes, frame, mask)
             if name in notes and (note := notes[name][number]):
-                style = _text(8) | {"color": "white", "bbox": {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 2}}
-                axes.text(0.5, 0.95, note, ha="center", va="bottom", **style)
+                box = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 2}
+                axes.text(0.5, 0.95, note, ha="center", va="bottom", **(_text(8) | {"color": "white", "bbox": box}))
     for axes, title in zip(grid[0], titles):
         axes.set_title(title, pad=4, **_text(8))
     if maps:
