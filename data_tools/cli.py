@@ -1,6 +1,7 @@
 """Commands `swim data ...`: make, convert, index, check and show shards."""
 
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -8,13 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 from swim.data_tools.convert import SKIPPED_FILE, convert
 from swim.data_tools.records import record_schema
 from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, index_shard
 from swim.data_tools.sources import conversations, jsonl, llava_video, nl_refer, sav, videorefer
+from swim.data_tools.stats import QUANTILES, shard_stats
 from swim.data_tools.synth import synthesise
 from swim.data_tools.video import VideoError, decode_frames, probe
 
@@ -27,7 +31,7 @@ _T = TypeVar("_T")
 Folder = Annotated[Path, typer.Argument(help="Folder of shards.")]
 
 
-def _one_message(command: Callable[..., None]) -> Callable[..., None]:
+def one_message(command: Callable[..., None]) -> Callable[..., None]:
     """Print what is wrong with the user's data as one message and exit with 2; other errors keep their traceback."""
 
     @functools.wraps(command)
@@ -42,7 +46,7 @@ def _one_message(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @app.command()
-@_one_message
+@one_message
 def synth(
     out: Annotated[Path, typer.Argument(help="Folder for the shards.")],
     clips: Annotated[int, typer.Option(help="Number of clips.")] = 100,
@@ -59,7 +63,7 @@ def synth(
 
 
 @app.command(name="convert")
-@_one_message
+@one_message
 def convert_command(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help=f"Form of the input: {', '.join(SOURCES)}.")],
     inputs: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files, or folders of them.")],
@@ -107,23 +111,23 @@ def convert_command(
 
 
 @app.command()
-@_one_message
+@one_message
 def index(folder: Folder) -> None:
     """Write the index of every tar in a folder anew."""
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ShardError(f"{folder}: no *.tar found; give a folder of shards")
-    for path in _progress(paths, "indexing"):
+    for path in progress(paths, "indexing"):
         print(index_shard(path))
 
 
 @app.command()
-@_one_message
+@one_message
 def check(folder: Folder) -> None:
     """Read every byte of every sample, check the records, decode first and last frames; exit with 1 if any is bad."""
     shards = ShardSet(folder)
     bad = 0
-    for number, entry in enumerate(_progress(shards.entries, "checking")):
+    for number, entry in enumerate(progress(shards.entries, "checking")):
         try:
             for member in entry.members:
                 shards.read_member(number, member)
@@ -137,14 +141,14 @@ def check(folder: Folder) -> None:
 
 
 @app.command()
-@_one_message
+@one_message
 def show(
     folder: Folder, key: Annotated[str | None, typer.Argument(help="Sample; the first if left out.")] = None
 ) -> None:
     """Print what is said about a clip."""
     shards = ShardSet(folder)
-    if key is not None and key not in shards.keys():  # noqa: SIM118 - a ShardSet is no mapping
-        raise ShardError(f"{folder}: no sample {key!r} among {len(shards)}; the first is {shards.entries[0].key!r}")
+    if key is not None:
+        check_key(shards, key)
     sample = shards.read(0 if key is None else key)
     record = sample.record
     # Strings from data are printed by repr: a terminal must not obey what they hold.
@@ -166,9 +170,43 @@ def show(
 
 
 @app.command()
+@one_message
+def stats(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Count clips, conversations, mentions, objects, masks, sizes and licences; exit with 1 if a sample is bad."""
+    shards = ShardSet(folder)
+    found = shard_stats(shards, progress(range(len(shards)), "counting"))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print_stats(found)
+    if found["bad"]:
+        raise typer.Exit(1)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of a record, with that of the masks layer in $defs."""
     print(record_schema(), end="")
+
+
+def _print_stats(found: dict[str, Any]) -> None:
+    # No markup: brackets in names from data are text.
+    console = Console(markup=False, emoji=False, highlight=False)
+    table = Table("", "", "number", "share", box=box.SIMPLE)
+    for name in ("clips", "objects", "bytes"):
+        table.add_row(name, "", f"{found[name]:,}", "")
+    for name in ("conversations", "mentions", "masks", "sources", "licenses"):
+        whole = sum(found[name].values())
+        for i, (kind, count) in enumerate(found[name].items()):
+            share = f"{count / whole:.1%}" if whole else ""
+            table.add_row("" if i else name, repr(kind)[1:-1], f"{count:,}", share)
+    console.print(table)
+    table = Table("", *QUANTILES, box=box.SIMPLE)
+    for name, values in found["quantiles"].items():
+        table.add_row(name, *(f"{value:g}" for value in values.values()))
+    console.print(table)
+    for problem in found["bad"]:
+        print(problem)
 
 
 def _check_media(sample: Sample) -> None:
@@ -183,6 +221,14 @@ def _check_media(sample: Sample) -> None:
         decode_frames(data, [0, media.num_frames - 1] if media.kind == "video" else [0])
 
 
-def _progress(items: Sequence[_T], what: str) -> Iterable[_T]:
+def check_key(shards: ShardSet, key: str) -> None:
+    """ShardError unless there is a sample with this key."""
+    if key not in shards.keys():  # noqa: SIM118 - a ShardSet is no mapping
+        first = shards.entries[0].key if len(shards) else None
+        raise ShardError(f"{shards.folder}: no sample {key!r} among {len(shards)}; the first is {first!r}")
+
+
+def progress(items: Sequence[_T], what: str) -> Iterable[_T]:
+    """The items, with a progress bar where somebody looks."""
     console = Console(stderr=True)
     return track(items, what, console=console, disable=not console.is_terminal)

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 DPI = 136
@@ -38,10 +40,13 @@ def strip_png(
     *,
     masks: Sequence[np.ndarray | None],
     titles: Sequence[str],
-    uniform: float,
+    uniform: float | None = None,
+    highest: float | None = None,
+    notes: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> bytes:
     """`strip_figure` as a PNG file."""
-    return to_png(strip_figure(frames, maps, masks=masks, titles=titles, uniform=uniform))
+    figure = strip_figure(frames, maps, masks=masks, titles=titles, uniform=uniform, highest=highest, notes=notes)
+    return to_png(figure)
 
 
 def strip_figure(
@@ -50,13 +55,16 @@ def strip_figure(
     *,
     masks: Sequence[np.ndarray | None],
     titles: Sequence[str],
-    uniform: float,
+    uniform: float | None = None,
+    highest: float | None = None,
+    notes: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> Figure:
     """N frames [N, H, W, 3] uint8 above one row of heat per named map [N, h, w], each cell one flat square.
 
-    All rows share one scale from 0 to their maximum, with a square-root stretch so that weak attention is seen beside
-    a peak; heat is the more opaque the higher it is. `uniform`, what equal attention would put on each cell, is marked
-    on the scale bar. `masks`, bool of any size or None, are drawn as contours; `titles` stand above the frames.
+    All rows share one scale from 0 to `highest`, by default their maximum, with a square-root stretch so that weak
+    attention is seen beside a peak; heat is the more opaque the higher it is, and a map of NaN is hatched. `uniform`,
+    what equal attention would put on each cell, is marked on the scale bar. `masks`, bool of any size or None, are
+    drawn as contours; `titles` stand above the frames, `notes` by row ("video" for the frames) in the pictures.
     """
     columns, height, width = frames.shape[:3]
     cell = min(CELL, CELL_HEIGHT * width / height, (WIDTH - LABEL - BAR) / columns)
@@ -64,7 +72,8 @@ def strip_figure(
     figure = Figure(figsize=size, dpi=DPI)
     edges = {"left": LABEL / size[0], "right": 1 - BAR / size[0], "bottom": 0, "top": 1 - TOP / size[1]}
     grid = figure.subplots(1 + len(maps), columns, squeeze=False, gridspec_kw=edges | {"wspace": 0.04, "hspace": 0.04})
-    highest = max(uniform, *(float(map_NHW.max()) for map_NHW in maps.values()))
+    if highest is None:
+        highest = max(uniform or 0.0, *(float(map_NHW.max()) for map_NHW in maps.values()))
     norm = PowerNorm(0.5, vmin=0, vmax=highest or 1)  # without any attention there is still a scale
     for row, name, map_NHW in zip(grid, ("video", *maps), (None, *maps.values())):
         row[0].text(-0.06, 0.5, _short(name), transform=row[0].transAxes, ha="right", va="center", **_text(9))
@@ -72,13 +81,19 @@ def strip_figure(
             if map_NHW is not None:
                 # Grey and of low contrast below the heat: a cell's colour has to read as its value.
                 _draw(axes, np.repeat(50 + 0.35 * frame.mean(axis=2, keepdims=True), 3, axis=2) / 255, mask)
-                heat = _heat(map_NHW[number], norm)
+                heat = _heat(np.nan_to_num(map_NHW[number]), norm)
                 axes.imshow(heat, extent=(0, 1, 1, 0), aspect="auto", interpolation="nearest")
+                if np.isnan(map_NHW[number]).any():
+                    axes.add_patch(Rectangle((0, 0), 1, 1, fill=False, hatch="//", edgecolor="white", linewidth=0))
             else:
                 _draw(axes, frame, mask)
+            if name in notes and (note := notes[name][number]):
+                box = {"facecolor": "black", "alpha": 0.65, "linewidth": 0, "pad": 2}
+                axes.text(0.5, 0.95, note, ha="center", va="bottom", **(_text(8) | {"color": "white", "bbox": box}))
     for axes, title in zip(grid[0], titles):
         axes.set_title(title, pad=4, **_text(8))
-    _draw_scale(figure, norm, uniform, len(maps) / (1 + len(maps)) * edges["top"])
+    if maps:
+        _draw_scale(figure, norm, uniform, len(maps) / (1 + len(maps)) * edges["top"])
     return figure
 
 
@@ -95,7 +110,7 @@ def _draw(axes: Axes, picture: np.ndarray, mask: np.ndarray | None) -> None:
     axes.set(xlim=(0, 1), ylim=(1, 0))
 
 
-def _draw_scale(figure: Figure, norm: PowerNorm, uniform: float, top: float) -> None:
+def _draw_scale(figure: Figure, norm: PowerNorm, uniform: float | None, top: float) -> None:
     width, height = figure.get_size_inches()
     inset = 0.15 / height
     bar = figure.add_axes(((width - BAR + 0.12) / width, inset, 0.11 / width, top - 2 * inset))
@@ -103,9 +118,11 @@ def _draw_scale(figure: Figure, norm: PowerNorm, uniform: float, top: float) -> 
     # As it looks on the grey of a frame: the page behind the picture may be light or dark.
     bar.imshow(heat[..., :3] * heat[..., 3:] + 0.37 * (1 - heat[..., 3:]), extent=(0, 1, 0, 1), aspect="auto")
     ticks = {0.0: "0", 1.0: f"{norm.vmax:.2g}"}
-    at = float(norm(uniform))
-    ticks = {value: text for value, text in ticks.items() if abs(value - at) > 0.12}  # no text over another
-    bar.set_yticks([*ticks, at], [*ticks.values(), f"uniform\n= {uniform:.2g}"], **_text(7.5))
+    if uniform is not None:
+        at = float(norm(uniform))
+        ticks = {value: text for value, text in ticks.items() if abs(value - at) > 0.12}  # no text over another
+        ticks[at] = f"uniform\n= {uniform:.2g}"
+    bar.set_yticks([*ticks], [*ticks.values()], **_text(7.5))
     bar.set_xticks([])
     bar.yaxis.tick_right()
     bar.tick_params(color=GREY, length=3)

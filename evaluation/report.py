@@ -1,7 +1,7 @@
 """results.json, predictions and training logs -> one HTML page without requests: what supervision did, where it fails.
 
-Words and layout are in report.html.jinja, pictures in figures.py; here is what the page is filled with. Every string
-from data is escaped by the template, and the page's own policy forbids every request, so it opens offline.
+Words and layout are in the templates beside this file, pictures in figures.py; here is what the page is filled with.
+Every string from data is escaped by the template, and the page's own policy forbids every request, so it opens offline.
 """
 
 import base64
@@ -124,7 +124,7 @@ def write_report(
     def cards(chosen: Sequence[tuple[str, int]]) -> Iterator[Card]:
         return (make_card(id, number, predictions, frames_for, mask_for) for id, number in chosen)
 
-    page = _environment().get_template("report.html.jinja").render(
+    page = environment().get_template("report.html.jinja").render(
         title=title,
         results=results,
         arms=arms,
@@ -256,7 +256,8 @@ def _answer(arm: str, line: Prediction | None, noun: Noun | None) -> Answer:
     return Answer(arm, line.answer, is_correct(line.answer, line.target), metrics, None)
 
 
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Templates of this folder; they escape every string and refuse to leave out a value that is missing."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from swim.data_tools.cli import Folder, check_key, one_message, progress
 from swim.data_tools.cli import app as data_app
 
 app = typer.Typer(
@@ -59,6 +60,36 @@ def evaluate(
     if len(runs) > 2 or len(set(names)) < len(names):
         raise ConfigError(f"runs are {', '.join(map(str, runs))}; give one, or two whose folders have different names")
     print_results(evaluate_runs(dict(zip(names, runs)), data, out or runs[-1]))
+
+
+# A data command, but made of training code, which data_tools does not import.
+@data_app.command()
+@one_message
+def inspect(
+    folder: Folder,
+    recipe: Annotated[str, typer.Option(help="Recipe whose sampling, grid and options are applied.")],
+    out: Annotated[Path, typer.Option(help="HTML page to write.")],
+    chosen: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY]... [SECTION.KEY=VALUE]...", help="Samples, and overrides of the recipe."),
+    ] = None,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, help="Samples, where no KEY is given: the first N.")] = 10,
+) -> None:
+    """Write a page of what training makes of clips: frames, masks, their coverage of the grid, tokens, nouns."""
+    from swim.data_tools.shards import ShardSet
+    from swim.train.config import load_config
+    from swim.train.systems.swim.inspect import write_page
+
+    chosen = chosen or []
+    shards = ShardSet(folder)
+    keys = [text for text in chosen if "=" not in text]
+    for key in keys:
+        check_key(shards, key)
+    config = load_config(recipe, [text for text in chosen if "=" in text])
+    shown, bad = write_page(shards, progress(keys or shards.keys()[:limit], "inspecting"), config, out, recipe=recipe)
+    print(f"{shown} clips shown, {bad} bad: {out}")
+    if bad:
+        raise typer.Exit(1)
 
 
 @app.command()

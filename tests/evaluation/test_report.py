@@ -205,6 +205,17 @@ def test_maps_without_attention_and_an_arm_called_video_are_drawn() -> None:
     assert dark != strip_png(frames, {"video": np.ones((1, 2, 2))}, uniform=1.0, **options)
 
 
+def test_a_map_of_nan_is_hatched_and_notes_are_drawn() -> None:
+    frames = np.full((1, 8, 8, 3), 128, np.uint8)
+    options: dict[str, Any] = {"masks": [None], "titles": ["frame 0"], "highest": 1.0}
+    nothing, unknown = ({"coverage": np.full((1, 2, 2), value)} for value in (0.0, np.nan))
+    assert [len(strip_figure(frames, maps, **options).axes[1].patches) for maps in (nothing, unknown)] == [0, 1]
+    assert strip_png(frames, nothing, **options) != strip_png(frames, unknown, **options)
+    noted = strip_figure(frames, nothing, **options, notes={"coverage": ["$absent"]})
+    assert [[text.get_text() for text in axes.texts][1:] for axes in noted.axes[:2]] == [[], ["$absent"]]
+    assert len(strip_figure(frames, {}, **options).axes) == 1  # nothing to scale
+
+
 def test_strip_draws_the_mask_at_its_own_size() -> None:
     mask = np.zeros((32, 32), bool)
     mask[:, 13:] = True  # its left border runs at 0.4 of the width and the rest touches the edge of the frame
