@@ -58,7 +58,9 @@ class SwimSystem:
         """Text and mask terms of one micro-batch."""
         assert isinstance(batch, SwimBatch)
         every = self.options.gradient_every
-        terms, capture = swim_loss(model, batch, self.options, self.layers, measure=every > 0 and progress.step % every == 0)
+        terms, capture = swim_loss(
+            model, batch, self.options, self.layers, measure=every > 0 and progress.step % every == 0
+        )
         if capture.measure:
             self._captures.append(capture)
         return terms
@@ -79,7 +81,10 @@ class SwimSystem:
         """Share of all nouns that carry a mask loss, and the gradient norms of the weighted mask loss."""
         # The engine's factor undone: the gradient of the logged loss, whatever the number of ranks.
         norms = {k: math.sqrt(v) / num_ranks for k, v in totals.items() if k.startswith("mask_grad/")}
-        return {"supervised_share": totals["supervised_nouns"] / max(totals["nouns"] + totals["blind_nouns"], 1.0), **norms}
+        return {
+            "supervised_share": totals["supervised_nouns"] / max(totals["nouns"] + totals["blind_nouns"], 1.0),
+            **norms,
+        }
 
     @torch.no_grad()
     def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:
