@@ -87,7 +87,7 @@ def inspect(
         check_key(shards, key)
     config = load_config(recipe, [text for text in chosen if "=" in text])
     shown, bad = write_page(shards, progress(keys or shards.keys()[:limit], "inspecting"), config, out, recipe=recipe)
-    print(f"{shown} clips shown, {bad} bad: {out}")
+    print(f"{shown} clips shown, {bad} left out (the page says why): {out}")
     if bad:
         raise typer.Exit(1)
 
