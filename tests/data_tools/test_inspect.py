@@ -76,7 +76,10 @@ def test_the_coverage_shown_is_the_one_that_training_takes(
 
 def test_a_page_says_what_a_clip_becomes(synth_folder: Path, tmp_path: Path) -> None:
     result = _inspect(synth_folder, tmp_path / "page.html", "data.tasks=[colour]", "--limit", "1")
-    assert (result.exit_code, result.stdout) == (0, f"1 clips shown, 0 left out (the page says why): {tmp_path / 'page.html'}\n")
+    assert (result.exit_code, result.stdout) == (
+        0,
+        f"1 clips shown, 0 left out (the page says why): {tmp_path / 'page.html'}\n",
+    )
     page = (tmp_path / "page.html").read_text()
     record = ShardSet(synth_folder).read(0).record
     heads = [
