@@ -423,11 +423,11 @@ def noun_attention(
 def _local_mean(q_BHLD: Tensor, k_BKLD: Tensor, table: WorkTable, scale: float, backend: Backend) -> Tensor:
     if q_BHLD.shape[1] % k_BKLD.shape[1]:
         raise ValueError(f"{q_BHLD.shape[1]} query heads are not a multiple of {k_BKLD.shape[1]} kv heads")
-    shapes = f"q {tuple(q_BHLD.shape)} and k {tuple(k_BKLD.shape)}"
     if q_BHLD.shape[0] != k_BKLD.shape[0] or q_BHLD.shape[2:] != k_BKLD.shape[2:]:
-        raise ValueError(f"{shapes} may differ in their heads alone")
-    if any(size < least for size, least in zip((q_BHLD.shape[0], q_BHLD.shape[2]), table.least_shape)):
-        raise ValueError(f"{shapes} are too small for a table of {table.least_shape} batch rows and columns")
+        raise ValueError(f"q {tuple(q_BHLD.shape)} and k {tuple(k_BKLD.shape)} may differ in their heads alone")
+    size = (q_BHLD.shape[0], q_BHLD.shape[2])
+    if size[0] < table.least_shape[0] or size[1] < table.least_shape[1]:
+        raise ValueError(f"q and k of {size} batch rows and columns are too small for a table of {table.least_shape}")
     if not q_BHLD.device == k_BKLD.device == table.clips.device:
         devices = f"{q_BHLD.device}, {k_BKLD.device} and {table.clips.device}"
         raise ValueError(f"q, k and the table are on {devices}; bring them together, the table by table.to(q.device)")

@@ -226,14 +226,14 @@ def test_workers_end_with_their_parent(clips: Path, tmp_path: Path) -> None:
         time.sleep(0.1)
 
 
-def _alive(session: int) -> list[int]:
+def _alive(leader: int) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, group = path.read_text().rpartition(")")[2].split()[:3]
         except OSError:
             continue
-        if int(group) == session and state != "Z":
+        if int(group) == leader and state != "Z":
             found.append(int(path.parent.name))
     return found
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from swim.kernels import backend as backends
 from swim.kernels import mask_loss as module
-from swim.kernels.mask_loss import LossKind, MapScale, frame_sums, upsample_log_map
+from swim.kernels.mask_loss import LossKind, MapScale, frame_sums
 
 KINDS, SCALES = get_args(LossKind), get_args(MapScale)
 
@@ -309,10 +309,3 @@ def test_on_a_device_nothing_of_the_masks_size_is_made():
     before = torch.cuda.memory_allocated()
     frame_sums(log_map, packed, kind="bce", size=(480, 854), backend="triton").sum().backward()
     assert torch.cuda.max_memory_allocated() - before < mask.numel() / 4  # a sixteenth of one fp32 tensor of that size
-
-
-def test_upsampling_of_the_oracle_is_interpolation():
-    """The oracle's own oracle: torch's bilinear interpolation."""
-    log_map, _ = inputs((3, 4), (10, 13))
-    want = torch.nn.functional.interpolate(log_map[:, None].exp(), size=(10, 13), mode="bilinear")[:, 0]
-    torch.testing.assert_close(upsample_log_map(log_map, (10, 13)).exp(), want)

@@ -214,7 +214,9 @@ def test_rows_and_keys_must_be_in_q_and_k():
         ([Row(0, 3, ((0, 41),))], [clip]),
     ]:
         table = build_work_table(rows, clips, "causal" if rows[0].ranges else "frame")
-        with pytest.raises(ValueError, match=r"are too small for a table of \([23], \d+\) batch rows and columns"):
+        with pytest.raises(
+            ValueError, match=r"\(2, 40\) batch rows and columns are too small for a table of \([23], \d+\)"
+        ):
             noun_attention(q, k, table, scale=1.0)
     table = build_work_table([Row(0, 39)], [clip._replace(start=16)])
     assert noun_attention(q, k, table, scale=1.0).shape == (24,)
