@@ -4,7 +4,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from swim.data_tools.checks import KINDS
 from swim.data_tools.convert import SKIPPED_FILE, convert
 from swim.data_tools.records import record_schema
-from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, index_shard
+from swim.data_tools.shards import BadSample, ShardError, ShardSet, index_shard
 from swim.data_tools.sources import conversations, jsonl, llava_video, nl_refer, sav, videorefer
 from swim.data_tools.stats import QUANTILES, shard_stats
 from swim.data_tools.synth import synthesise
-from swim.data_tools.video import VideoError, decode_frames, probe
+from swim.data_tools.validate import Options, Summary, summarise, validate, write_report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make, convert, index, check and show shards.")
 
@@ -121,22 +122,28 @@ def index(folder: Folder) -> None:
         print(index_shard(path))
 
 
-@app.command()
+@app.command(name="validate")
 @one_message
-def check(folder: Folder) -> None:
-    """Read every byte of every sample, check the records, decode first and last frames; exit with 1 if any is bad."""
-    shards = ShardSet(folder)
-    bad = 0
-    for number, entry in enumerate(progress(shards.entries, "checking")):
-        try:
-            for member in entry.members:
-                shards.read_member(number, member)
-            _check_media(shards.read(number))
-        except (BadSample, VideoError) as error:
-            bad += 1
-            print(error if isinstance(error, BadSample) else f"sample {entry.key!r} in {entry.shard}: {error}")
-    print(f"{len(shards) - bad} good samples, {bad} bad")
-    if bad:
+def validate_command(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of shards.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte and decode every frame.")] = False,
+    against: Annotated[
+        list[Path] | None, typer.Option(help="Folder that must not share clips with these, such as a test split.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--json", help="File for all findings and their counts.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings, too.")] = False,
+    cells: Annotated[int, typer.Option(min=1, help="Cells of the grid in which a mask should fill one.")] = 768,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+) -> None:
+    """Check records, masks, nouns, origin and files, and that folders share no clips; exit with 1 for errors."""
+    sets = {"folders": [ShardSet(path) for path in folders], "against": [ShardSet(path) for path in against or ()]}
+    total = sum(len(shards) for of_use in sets.values() for shards in of_use)
+    options = Options(deep=deep, cells=cells)
+    found = validate(sets["folders"], sets["against"], options=options, jobs=jobs)
+    results = progress(found, "validating", total=total + 1)
+    summary = write_report(report, results, sets) if report is not None else summarise(results)
+    _print_summary(summary)
+    if summary.errors or (strict and summary.warnings):
         raise typer.Exit(1)
 
 
@@ -209,16 +216,20 @@ def _print_stats(found: dict[str, Any]) -> None:
         print(problem)
 
 
-def _check_media(sample: Sample) -> None:
-    for i, media in enumerate(sample.record.media):
-        data = sample.media(i)
-        if media.kind == "video":
-            info, stated = probe(data), (media.height, media.width, media.num_frames)
-            found = (info.height, info.width, info.num_frames)
-            if found != stated:
-                problem = f"media[{i}] has (height, width, frames) {found}, its record says {stated}"
-                raise VideoError(f"{problem}; correct the record")
-        decode_frames(data, [0, media.num_frames - 1] if media.kind == "video" else [0])
+def _print_summary(summary: Summary) -> None:
+    for kind, count in sorted(summary.counts.items(), key=lambda item: (KINDS[item[0]].level, -item[1])):
+        print(f"{KINDS[kind].level} {kind}: {count:,}")
+        for finding in summary.examples[kind]:
+            print(f"  {finding}")
+        if count > len(summary.examples[kind]):
+            print(f"  ... and {count - len(summary.examples[kind]):,} more")
+    if whole := summary.masks.total():
+        shares = ", ".join(
+            f"{name} {summary.masks[name] / whole:.1%}" for name in ("present", "absent", "not annotated")
+        )
+        print(f"objects in frames: {whole:,}, {shares}")
+    found = f"{summary.errors:,} errors, {summary.warnings:,} warnings"
+    print(f"{summary.samples:,} samples, {summary.bad:,} of them with errors; {found}")
 
 
 def check_key(shards: ShardSet, key: str) -> None:
@@ -228,7 +239,7 @@ def check_key(shards: ShardSet, key: str) -> None:
         raise ShardError(f"{shards.folder}: no sample {key!r} among {len(shards)}; the first is {first!r}")
 
 
-def progress(items: Sequence[_T], what: str) -> Iterable[_T]:
-    """The items, with a progress bar where somebody looks."""
+def progress(items: Iterable[_T], what: str, *, total: int | None = None) -> Iterable[_T]:
+    """The items, with a progress bar where somebody looks; `total` is their number where they do not know it."""
     console = Console(stderr=True)
-    return track(items, what, console=console, disable=not console.is_terminal)
+    return track(items, what, total=total, console=console, disable=not console.is_terminal)

@@ -24,8 +24,22 @@ Count = Annotated[int, Field(ge=1)]
 Frame = Annotated[int, Field(ge=0)]
 
 
+Problem = tuple[str, str, str]
+"""Field path, what is wrong there, remedy."""
+
+
 class RecordError(ValueError):
     """A record breaks its contract; the message names record, field, value, limit and remedy."""
+
+    problem: Problem | None = None
+
+    @classmethod
+    def at(cls, key: str, problem: Problem) -> "RecordError":
+        """The error about record `key` that says this, and keeps it as `problem`."""
+        path, wrong, remedy = problem
+        error = cls(f"record {key!r}, {path}: {wrong}; {remedy}")
+        error.problem = problem
+        return error
 
 
 class _Model(BaseModel):
@@ -129,13 +143,20 @@ def parse_sample(
     key: str, record_json: bytes | dict[str, Any], masks_json: bytes | dict[str, Any] | None
 ) -> tuple[Record, Masks]:
     """Record and masks of one sample, checked field by field and against each other; RecordError otherwise."""
-    if not KEY_PATTERN.fullmatch(key):
-        raise RecordError(f"record {key!r}, key: {key!r} is not 1 to 80 of A-Z a-z 0-9 _ -; rename it (no dots)")
-    record = _validate(key, "", _RECORD, record_json)
-    masks = _validate(key, "masks", _MASKS, masks_json if masks_json is not None else {})
-    for path, problem, remedy in _problems(record, masks):
-        raise RecordError(f"record {key!r}, {path}: {problem}; {remedy}")
+    record, masks = parse_fields(key, record_json, masks_json)
+    for problem in problems(record, masks):
+        raise RecordError.at(key, problem)
     return record, masks
+
+
+def parse_fields(
+    key: str, record_json: bytes | dict[str, Any], masks_json: bytes | dict[str, Any] | None
+) -> tuple[Record, Masks]:
+    """Record and masks whose fields have the right form, not yet checked against each other; RecordError otherwise."""
+    if not KEY_PATTERN.fullmatch(key):
+        raise RecordError.at(key, ("key", f"{key!r} is not 1 to 80 of A-Z a-z 0-9 _ -", "rename it (no dots)"))
+    record = _validate(key, "", _RECORD, record_json)
+    return record, _validate(key, "masks", _MASKS, masks_json if masks_json is not None else {})
 
 
 def masks_json(masks: Masks) -> bytes:
@@ -153,9 +174,8 @@ def record_schema() -> str:
 
 def _validate(key: str, where: str, adapter: TypeAdapter[_T], data: bytes | dict[str, Any]) -> _T:
     if isinstance(data, bytes) and len(data) > MAX_JSON_BYTES:
-        raise RecordError(
-            f"record {key!r}, {where or 'JSON'}: {len(data)} bytes, the limit is {MAX_JSON_BYTES}; split the clip"
-        )
+        problem = f"{len(data)} bytes, the limit is {MAX_JSON_BYTES}"
+        raise RecordError.at(key, (where or "JSON", problem, "split the clip"))
     try:
         return adapter.validate_json(data) if isinstance(data, bytes) else adapter.validate_python(data)
     except ValidationError as error:
@@ -166,22 +186,19 @@ def _validate(key: str, where: str, adapter: TypeAdapter[_T], data: bytes | dict
             fields = [name for name in loc[:-1] if name in _MODEL_AT]
             model: type[BaseModel] = Rle if where else _MODEL_AT[str(fields[-1])] if fields else Record
             near = difflib.get_close_matches(str(loc[-1]), model.model_fields, n=1, cutoff=0)
-            raise RecordError(
-                f"record {key!r}, {path}: unknown key {loc[-1]!r}; did you mean {near[0]!r}? "
-                f"({model.__name__} has {', '.join(model.model_fields)})"
-            ) from None
+            remedy = f"did you mean {near[0]!r}? ({model.__name__} has {', '.join(model.model_fields)})"
+            raise RecordError.at(key, (path, f"unknown key {loc[-1]!r}", remedy)) from None
         value = f"{first['input']!r:.80}" if first["type"] != "json_invalid" else f"{data!r:.80}"
-        raise RecordError(
-            f"record {key!r}, {path}: {first['msg']}, got {value}; write it as record.schema.json says"
-        ) from None
+        problem = f"{first['msg']}, got {value}"
+        raise RecordError.at(key, (path, problem, "write it as record.schema.json says")) from None
 
 
 def _path(loc: tuple[str | int, ...]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).lstrip(".")
 
 
-def _problems(record: Record, masks: Masks) -> Iterator[tuple[str, str, str]]:
-    """(field path, problem, remedy) of everything that a look at one field alone cannot find."""
+def problems(record: Record, masks: Masks) -> Iterator[Problem]:
+    """Everything wrong that a look at one field alone cannot find."""
     num_frames = record.media[0].num_frames if record.media else 0
     in_clip = f"the stored clip has frames 0 to {num_frames - 1}" if num_frames else "the record has no media"
     frame_remedy = f"{in_clip}, number frames by the stored video"
@@ -222,7 +239,7 @@ def _problems(record: Record, masks: Masks) -> Iterator[tuple[str, str, str]]:
                     yield f"masks.{name}[{frame}]", problem, remedy
 
 
-def _turn_problems(path: str, turns: list[Turn]) -> Iterator[tuple[str, str, str]]:
+def _turn_problems(path: str, turns: list[Turn]) -> Iterator[Problem]:
     first = 1 if turns[0].role == "system" else 0
     for j, turn in enumerate(turns[first:], first):
         due = "user" if (j - first) % 2 == 0 else "assistant"
@@ -232,7 +249,7 @@ def _turn_problems(path: str, turns: list[Turn]) -> Iterator[tuple[str, str, str
         yield f"{path}.turns[{len(turns) - 1}].role", f"the last turn is {turns[-1].role!r}", "end with the assistant"
 
 
-def _mention_problems(path: str, mention: Mention, text: str, ids: list[str]) -> Iterator[tuple[str, str, str]]:
+def _mention_problems(path: str, mention: Mention, text: str, ids: list[str]) -> Iterator[Problem]:
     start, end = mention.start, mention.end
     if not start < end <= len(text):
         problem = f"characters {start} to {end} do not lie inside the text, which has {len(text)}"

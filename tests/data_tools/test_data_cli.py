@@ -24,12 +24,13 @@ def copied(synth_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(synth_folder, tmp_path / "copy"))
 
 
-def test_synth_then_check_then_show(tmp_path: Path) -> None:
+def test_synth_then_validate_then_show(tmp_path: Path) -> None:
     made = _run("synth", tmp_path / "s", "--clips", 2, "--seed", 3, "--frames", 4)
     assert made.exit_code == 0, made.output
     assert "2 clips in" in made.stdout
-    checked = _run("check", tmp_path / "s")
-    assert (checked.exit_code, checked.stdout) == (0, "2 good samples, 0 bad\n")
+    checked = _run("validate", tmp_path / "s", "--deep")
+    assert checked.exit_code == 0
+    assert "2 samples, 0 of them with errors" in checked.stdout
     shown = _run("show", tmp_path / "s", "synth_3_000001")
     assert shown.exit_code == 0
     sample = ShardSet(tmp_path / "s").read(1)
@@ -63,7 +64,7 @@ def test_index_repairs_a_folder_without_indices(copied: Path) -> None:
     digest = ShardSet(copied).digest
     for path in copied.glob("*.jsonl"):
         path.unlink()
-    refused = _run("check", copied)
+    refused = _run("validate", copied)
     assert refused.exit_code == 2
     assert refused.stderr.startswith("error: ")
     assert f"run 'swim data index {copied}'" in refused.stderr
@@ -72,24 +73,22 @@ def test_index_repairs_a_folder_without_indices(copied: Path) -> None:
     assert _run("index", copied.parent).exit_code == 2
 
 
-def test_check_lists_damage_and_wrong_facts(copied: Path) -> None:
+def test_damage_and_wrong_facts_are_listed_and_counted(copied: Path) -> None:
     entries = ShardSet(copied).entries
     path = copied / entries[0].shard
     data = bytearray(path.read_bytes())
     data[entries[1].members["mp4"][0] + 50] ^= 1
     path.write_bytes(data)
-    damaged = _run("check", copied)
+    damaged = _run("validate", copied, "--deep")
     assert damaged.exit_code == 1
-    assert "sample 'synth_5_000001'" in damaged.stdout
+    assert "error unreadable: 1\n  'synth_5_000001' in " in damaged.stdout
     assert "CRC32" in damaged.stdout
-    assert damaged.stdout.endswith("5 good samples, 1 bad\n")
+    assert damaged.stdout.endswith("6 samples, 1 of them with errors; 1 errors, 0 warnings\n")
     path.write_bytes(bytes(data).replace(b'"num_frames":8', b'"num_frames":9'))
     assert _run("index", copied).exit_code == 0
-    wrong = _run("check", copied)
+    wrong = _run("validate", copied, "--deep")
     assert wrong.exit_code == 1
-    assert (
-        "has (height, width, frames) (112, 112, 8), its record says (112, 112, 9); correct the record" in wrong.stdout
-    )
+    assert "(height, width, frames) (112, 112, 8); wanted (112, 112, 9), as its record says" in wrong.stdout
 
 
 def test_convert_counts_skipped_records(synth_folder: Path, tmp_path: Path) -> None:
@@ -115,7 +114,7 @@ def test_convert_counts_skipped_records(synth_folder: Path, tmp_path: Path) -> N
 
 
 def test_errors_are_one_message(tmp_path: Path) -> None:
-    for args in (("synth", tmp_path, "--size", 7), ("show", tmp_path), ("check", tmp_path / "none")):
+    for args in (("synth", tmp_path, "--size", 7), ("show", tmp_path), ("validate", tmp_path / "none")):
         result = _run(*args)
         assert result.exit_code == 2
         assert result.stderr.startswith("error: ")
@@ -134,7 +133,7 @@ def test_the_example_of_the_data_page_runs(synth_folder: Path, tmp_path: Path, m
     (tmp_path / "clip.mp4").write_bytes(ShardSet(synth_folder).read(0).media())
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "docs/data.md", "exec"), {})
-    assert _run("check", "shards/mine").stdout == "1 good samples, 0 bad\n"
+    assert "0 errors" in _run("validate", "shards/mine", "--deep").stdout
 
 
 def test_the_line_of_the_data_page_converts(synth_folder: Path, tmp_path: Path) -> None:
@@ -147,7 +146,7 @@ def test_the_line_of_the_data_page_converts(synth_folder: Path, tmp_path: Path) 
     sample = ShardSet(tmp_path / "out").read(0)
     assert sample.masks["cup"][5] is None
     assert sample.masks["cup"][0] is not None
-    assert _run("check", tmp_path / "out").exit_code == 0
+    assert _run("validate", tmp_path / "out", "--deep").exit_code == 0
 
 
 def test_data_tools_need_neither_torch_nor_the_trainer() -> None:

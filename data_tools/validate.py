@@ -1,0 +1,371 @@
+"""`swim data validate`: the checks of every sample of folders, in worker processes, and what folders have in common."""
+
+import functools
+import json
+import multiprocessing
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from swim.data_tools.checks import (
+    KINDS,
+    Found,
+    broken_contract,
+    check_masks,
+    check_picture,
+    check_record,
+    check_video,
+    measure_tubes,
+)
+from swim.data_tools.lookalike import near_pairs
+from swim.data_tools.records import Record, RecordError, parse_fields, problems
+from swim.data_tools.shards import BadSample, Entry, Sample, ShardSet
+
+REPORT_VERSION = 1
+CHUNK = 256  # samples that a process takes at once; fewer where each of them is decoded
+EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A rule of `checks.KINDS` that a sample breaks, with the place of its first byte; texts are plain, not escaped."""
+
+    level: str
+    kind: str
+    key: str
+    shard: str
+    offset: int
+    field: str
+    value: str
+    limit: str
+    remedy: str
+
+    def __str__(self) -> str:
+        text = f"{self.key!r} in {self.shard} at byte {self.offset}, {self.field}: {self.value}; "
+        text += f"wanted {self.limit}; {self.remedy}"
+        # A terminal must not obey what names from data hold.
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How deep to look: `deep` reads every byte and decodes every frame; `cells` of the grid for tiny masks."""
+
+    deep: bool = False
+    cells: int = 768
+
+
+@dataclass
+class Result:
+    """Of one sample: key, findings, (size, CRC32) of its media, its look (`lookalike`), mask frames by state."""
+
+    key: str
+    findings: list[Finding] = field(default_factory=list)
+    media: list[tuple[int, int]] = field(default_factory=list)
+    look: bytes | None = None
+    masks: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class Summary:
+    """Number of samples, of those with errors, of findings by kind, of mask frames by state, and a few findings of each
+    kind."""
+
+    samples: int = 0
+    bad: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    masks: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[Finding]] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> int:
+        """Findings that are errors."""
+        return sum(count for kind, count in self.counts.items() if KINDS[kind].level == "error")
+
+    @property
+    def warnings(self) -> int:
+        """Findings that are warnings."""
+        return self.counts.total() - self.errors
+
+
+def examine(shards: ShardSet, number: int, options: Options) -> Result:
+    """All that is wrong with one sample alone."""
+    entry = shards.entries[number]
+    result = Result(entry.key)
+    layers = [name for name in entry.members if _is_layer(name)]
+    result.media = [(size, crc) for name, (_, size, crc) in entry.members.items() if size and not _is_layer(name)]
+
+    def add(found: Found, offset: int | None = None) -> None:
+        result.findings.append(_finding(shards, entry, found, offset))
+
+    texts: dict[str, bytes] = {}
+    # Members that no record names are read as well: a damaged one tells of a damaged shard.
+    for name in dict.fromkeys(["json", *(entry.members if options.deep else layers)]):
+        try:
+            data = shards.read_member(number, name)
+        except BadSample as error:
+            add(Found("unreadable", name, error.reason), error.offset)
+        else:
+            texts |= {name: data} if name in ("json", "masks.json") else {}
+    if "json" not in texts or ("masks.json" in entry.members and "masks.json" not in texts):
+        return result
+    offset = entry.members["json"][0]
+    try:
+        record, masks = parse_fields(entry.key, texts["json"], texts.get("masks.json"))
+    except RecordError as error:
+        path, wrong, remedy = error.problem or ("", str(error), "")
+        add(Found("schema", path, wrong, remedy=remedy), offset)
+        return result
+    broken = [broken_contract(problem) for problem in problems(record, masks)]
+    for found in broken:
+        add(found, offset)
+    for found in _check_members(record, entry.members):
+        add(found)
+    stated = (entry.height, entry.width, entry.num_frames, entry.fps)
+    if stated != (told := _facts(record)):
+        add(Found("index", "media[0]", f"{stated} in the index, {told} in the record"))
+    if not broken:  # the other checks take it for granted
+        tubes = measure_tubes(masks)
+        for found in chain(check_record(record, tubes), check_masks(record, tubes, cells=options.cells)):
+            add(found, offset)
+        seen = sum(int(tube.seen.sum()) for tube in tubes.values())
+        annotated = sum(len(tube.frames) for tube in tubes.values())
+        missing = len(record.objects) * entry.num_frames - annotated
+        result.masks.update({"present": seen, "absent": annotated - seen, "not annotated": missing})
+        if options.deep:
+            for found in _check_media(shards.read(number), result):
+                add(found)
+    return result
+
+
+def _finding(shards: ShardSet, entry: Entry, found: Found, offset: int | None = None) -> Finding:
+    level, limit, remedy = KINDS[found.kind]
+    if offset is None:
+        offset = min((offset for offset, _, _ in entry.members.values()), default=0)
+    words = found.field, found.value, found.limit or limit, found.remedy or remedy
+    return Finding(level, found.kind, entry.key, str(shards.folder / entry.shard), offset, *words)
+
+
+def _check_members(record: Record, members: Mapping[str, tuple[int, int, int]]) -> Iterator[Found]:
+    named = {medium.member for medium in record.media}
+    for i, medium in enumerate(record.media):
+        if medium.member is not None and medium.member not in members:
+            yield Found("unreadable", f"media[{i}].member", f"no {medium.member!r} among {sorted(members)}")
+    for name in members:
+        if name not in named and not _is_layer(name):
+            yield Found("member", name, f"{members[name][1]} bytes")
+
+
+def _is_layer(name: str) -> bool:
+    return name.split(".")[-1] == "json"
+
+
+def _facts(record: Record) -> tuple[int, int, int, float]:
+    return next(((one.height, one.width, one.num_frames, one.fps) for one in record.media), (0, 0, 0, 0.0))
+
+
+def _check_media(sample: Sample, result: Result) -> Iterator[Found]:
+    for i, medium in enumerate(sample.record.media):
+        path = f"media[{i}]"
+        try:
+            data = sample.media(i)
+        except BadSample as error:
+            if medium.member is None:  # else it was read before, and said
+                yield Found("unreadable", f"{path}.path", error.reason, "a file inside the folder of the shards")
+            continue
+        if medium.kind == "video":
+            stated = medium.height, medium.width, medium.num_frames, medium.fps
+            found, look = check_video(data, path, stated)
+            result.look = look if i == 0 else result.look
+            yield from found
+        else:
+            yield from check_picture(data, path, (medium.height, medium.width))
+
+
+def validate(
+    folders: Sequence[ShardSet], against: Sequence[ShardSet] = (), *, options: Options, jobs: int = 1
+) -> Iterator[Result]:
+    """Results of all samples of `against`, which are looked at for comparison only and have no findings, then of
+    `folders`, and last one without a key: what samples of `folders` have in common with those of an earlier folder."""
+    whole = [*against, *folders]
+    twins = _Twins(whole, len(against))
+    size = CHUNK // 32 if options.deep else CHUNK
+    chunks = [
+        (number, range(first, min(first + size, len(shards))))
+        for number, shards in enumerate(whole)
+        for first in range(0, len(shards), size)
+    ]
+    for (folder, numbers), results in zip(chunks, _examine_all(whole, chunks, options, jobs)):
+        for number, result in zip(numbers, results):
+            if folder < len(against):
+                result.findings, result.masks = [], Counter()
+            twins.add(folder, number, result)
+            yield result
+    yield Result("", list(twins.findings()))
+
+
+_Chunk = tuple[int, range]
+_work: tuple[Sequence[ShardSet], Options] | None = None  # of a worker process
+
+
+def _start_worker(folders: Sequence[ShardSet], options: Options) -> None:
+    global _work
+    _work = folders, options
+
+
+def _examine_chunk(chunk: _Chunk) -> list[Result]:
+    assert _work is not None
+    folders, options = _work
+    return [examine(folders[chunk[0]], number, options) for number in chunk[1]]
+
+
+def _examine_all(
+    folders: Sequence[ShardSet], chunks: Sequence[_Chunk], options: Options, jobs: int
+) -> Iterator[list[Result]]:
+    if jobs == 1 and not options.deep:
+        yield from ([examine(folders[folder], number, options) for number in numbers] for folder, numbers in chunks)
+        return
+    # Decoders may take their process with them. Fresh processes, not forks: the progress bar has a thread.
+    pool = functools.partial(
+        ProcessPoolExecutor,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(folders, options),
+    )
+    done = 0
+    while done < len(chunks):
+        with pool(jobs) as workers:
+            try:
+                for results in workers.map(_examine_chunk, chunks[done:]):
+                    yield results
+                    done += 1
+            except BrokenProcessPool:
+                pass
+            except BaseException:
+                workers.shutdown(cancel_futures=True)
+                raise
+        if done < len(chunks):  # which of the chunks that were under way it was shows only when they are alone
+            folder, numbers = chunks[done]
+            alone = []
+            for number in numbers:
+                with pool(1) as worker:
+                    try:
+                        alone += worker.submit(_examine_chunk, (folder, range(number, number + 1))).result()
+                    except BrokenProcessPool:
+                        alone.append(_crashed(folders[folder], number))
+            yield alone
+            done += 1
+
+
+def _crashed(shards: ShardSet, number: int) -> Result:
+    entry = shards.entries[number]
+    return Result(
+        entry.key, [_finding(shards, entry, Found("crash", "media", "its process died while it was decoded"))]
+    )
+
+
+class _Twins:
+    """Samples of different folders that have a key, a video or a look in common; the first folders are only compared
+    with."""
+
+    def __init__(self, folders: Sequence[ShardSet], num_against: int) -> None:
+        self._folders, self._num_against = folders, num_against
+        self._groups: dict[str, dict[Any, list[int]]] = {"same_key": {}, "same_video": {}}
+        self._places: list[tuple[int, int]] = []  # folder and number of a sample
+        self._looks: list[bytes] = []
+        self._looked: list[int] = []
+
+    def add(self, folder: int, number: int, result: Result) -> None:
+        """Take note of a sample; those of a folder come behind those of the folders before it."""
+        if len(self._folders) < 2:
+            return
+        at = len(self._places)
+        self._places.append((folder, number))
+        self._groups["same_key"].setdefault(result.key, []).append(at)
+        for media in result.media:
+            self._groups["same_video"].setdefault(media, []).append(at)
+        if result.look is not None:
+            self._looks.append(result.look)
+            self._looked.append(at)
+
+    def findings(self) -> Iterator[Finding]:
+        """One for each sample that repeats an earlier folder's key, video or look; a look only where the video is
+        another."""
+        said = set()
+        for kind, groups in self._groups.items():
+            for what, group in groups.items():
+                firsts: dict[int, int] = {}
+                for at in group:
+                    folder = self._places[at][0]
+                    firsts.setdefault(folder, at)
+                    other = next((first for number, first in firsts.items() if number != folder), None)
+                    if other is not None and folder >= self._num_against:
+                        said.add((kind, at))
+                        value = f"{what[0]} bytes, CRC32 {what[1]:#010x}" if kind == "same_video" else repr(what)
+                        yield self._common(kind, value, other, at)
+        if self._looks:
+            looks = np.frombuffer(b"".join(self._looks), np.uint8).reshape(len(self._looks), -1)
+            folders = np.array([self._places[at][0] for at in self._looked])
+            for a, b, bits in near_pairs(looks, folders):
+                at = self._looked[b]
+                if self._places[at][0] >= self._num_against and ("same_video", at) not in said:
+                    value = f"{bits} of {looks.shape[1] * 8} bits of three frames differ"
+                    yield self._common("look_alike", value, self._looked[a], at)
+
+    def _common(self, kind: str, value: str, other: int, own: int) -> Finding:
+        (folder, number), (own_folder, own_number) = self._places[other], self._places[own]
+        first, shards = self._folders[folder], self._folders[own_folder]
+        entry = first.entries[number]
+        value = f"{value}, as {entry.key!r} in {first.folder / entry.shard}"
+        return _finding(
+            shards, shards.entries[own_number], Found(kind, "key" if kind == "same_key" else "media", value)
+        )
+
+
+def summarise(results: Iterable[Result], file: TextIO | None = None) -> Summary:
+    """Counts of all results; the findings go to `file` as the items of a JSON list, and only a few are kept."""
+    summary = Summary()
+    for result in results:
+        summary.samples += bool(result.key)
+        summary.masks.update(result.masks)
+        summary.bad += any(finding.level == "error" for finding in result.findings)
+        for finding in result.findings:
+            if file is not None:
+                file.write((",\n" if summary.counts.total() else "\n") + json.dumps(asdict(finding)))
+            summary.counts[finding.kind] += 1
+            if len(examples := summary.examples.setdefault(finding.kind, [])) < EXAMPLES:
+                examples.append(finding)
+    return summary
+
+
+def write_report(path: Path, results: Iterable[Result], folders: Mapping[str, Sequence[ShardSet]]) -> Summary:
+    """Write results as JSON, whole or not at all, one finding a line; `folders` are the sets by what they were for."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with hidden.open("w") as file:
+            file.write('{"findings": [')
+            summary = summarise(results, file)
+            about = {
+                "version": REPORT_VERSION,
+                **{use: [{"path": str(s.folder), "digest": s.digest} for s in sets] for use, sets in folders.items()},
+                "samples": summary.samples,
+                "masks": dict(summary.masks),
+                "errors": summary.errors,
+                "warnings": summary.warnings,
+                "kinds": {
+                    kind: {"level": KINDS[kind].level, "findings": count} for kind, count in summary.counts.items()
+                },
+            }
+            file.write("\n]," + json.dumps(about)[1:] + "\n")
+        os.replace(hidden, path)
+    finally:
+        hidden.unlink(missing_ok=True)
+    return summary
