@@ -259,7 +259,7 @@ def _count_bad(folder: Path, world: World) -> tuple[int, str]:
         reasons = {line["id"]: line["reason"] for line in lines}
         often = Counter(re.sub(r"\d+", "N", reason) for reason in reasons.values()).most_common(3)
         found = len(reasons), "; ".join(f"{count} x {reason[:200]!r}" for reason, count in often)
-    return world.gather(found)[0]  # type: ignore[no-any-return]
+    return world.gather(found)[0]
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
