@@ -179,7 +179,9 @@ def _validate(key: str, where: str, adapter: TypeAdapter[_T], data: bytes | dict
     try:
         return adapter.validate_json(data) if isinstance(data, bytes) else adapter.validate_python(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        errors = error.errors(include_url=False)
+        # A misspelt key comes with the complaint that the right one is missing.
+        first = next((item for item in errors if item["type"] == "extra_forbidden"), errors[0])
         loc = first["loc"]
         path = _path(((where,) if where else ()) + loc) or "JSON"
         if first["type"] == "extra_forbidden":

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from swim.train.config import Config
-from swim.train.loader import Order, load_steps
+from swim.train.loader import Loader, Order
 from swim.train.loop import combine
 from swim.train.system import Progress, build_system
 
@@ -22,7 +22,7 @@ def gradients_of_step(rank: int, size: int, config: Config, step: int, out: Path
         group = dist.new_group(list(range(world)))
         if rank >= world:
             continue
-        batches = next(load_steps(order, system.collator, start=step, stop=step + 1, rank=rank, size=world, workers=0))
+        batches = next(Loader(order, system.collator, rank=rank, size=world).steps(step, step + 1))
         names = sorted(batches[0].counts)
         counts = torch.tensor([sum(batch.counts[name] for batch in batches) for name in names], dtype=torch.float64)
         dist.all_reduce(counts, group=group)

@@ -6,7 +6,7 @@ in one row, packed. Cost: a clip's visual tokens and its vision pass are paid on
 here is picklable CPU work for loader workers; the model is not needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Self
 
@@ -63,15 +63,24 @@ class Batch:
         """The batch with every tensor on `device`."""
         return moved(self, device)
 
+    def pinned(self) -> Self:
+        """The batch with every tensor in page-locked memory, from which a GPU copies while it computes."""
+        return with_tensors(self, Tensor.pin_memory)
+
 
 def moved(value: Any, device: torch.device | str) -> Any:
-    """Copy of a tensor, or of a dictionary or dataclass of such, on `device`; anything else as it is."""
+    """Copy of a tensor, or of a dictionary or dataclass of such, on `device`."""
+    return with_tensors(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Copy of a tensor, or of a dictionary or dataclass of such, with `change` applied; anything else as it is."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return change(value)
     if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
+        return {key: with_tensors(item, change) for key, item in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+        return replace(value, **{f.name: with_tensors(getattr(value, f.name), change) for f in fields(value)})
     return value
 
 

@@ -176,8 +176,12 @@ class DataConfig(Section):
     """Smallest resized frame in pixels."""
     max_pixels: int = Field(28 * 28 * 768, gt=0)
     """Largest resized frame in pixels."""
-    workers: int = Field(0, ge=0)
-    """Loader processes per rank."""
+    workers: int = Field(1, ge=0)
+    """Loader processes per rank; 0 reads in the training process, which a crashing decoder then ends."""
+    deadline_s: float = Field(120.0, gt=0)
+    """Seconds for one sample; whatever takes longer twice is left out, as is what crashes a worker twice."""
+    prefetch: int = Field(2, gt=0)
+    """Steps that the workers make ahead."""
     max_bad: int = Field(100, ge=0)
     """Conversations that may turn out unreadable; one more stops the run, with a checkpoint."""
 

@@ -51,7 +51,11 @@ class Supervision:
     def to(self, device: torch.device | str) -> "Supervision":
         """The same with its tensors on `device`; before the forward call."""
         capture = Capture(self.capture.table.to(device), self.capture.layers)
-        return replace(self, capture=capture, targets=moved(self.targets, device))
+        return replace(
+            self,
+            capture=capture,
+            targets=moved(self.targets, device),
+        )
 
     @property
     def model_kwargs(self) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """From the plan to micro-batches: which packs this rank reads, and the batches made of them in loader workers."""
 
+import contextlib
+import itertools
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-import torch
-from torch.utils.data import DataLoader, Dataset
+from typing import Self
 
 from swim.data_tools.mixture import DataSet, PlanOptions, repeats
-from swim.data_tools.plan import Pack, Plan, PlanState, load_plan, make_plan, plan_identity
+from swim.data_tools.plan import Pack, Plan, PlanState, Unit, load_plan, make_plan, plan_identity
+from swim.data_tools.pool import ALL, Attempt, Pool
 from swim.data_tools.shards import BadSample, ShardSet
 from swim.train.batch import Batch, Hole
 from swim.train.config import Config
@@ -112,39 +113,70 @@ class Order:
         return state.run_step
 
 
-class _Steps(Dataset[list[Batch]]):
-    def __init__(self, order: Order, collator: Collator, rank: int, size: int) -> None:
-        self.order, self.collator, self.rank, self.size = order, collator, rank, size
+class Loader:
+    """This rank's micro-batches, made of the order's packs by `workers` processes; without any, by this one.
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        return [self._batch(pack or ()) for pack in self.order.packs(step, self.rank, self.size)]
+    A sample that cannot be read, or takes longer than `deadline_s`, or crashes its worker, becomes a hole. Up to
+    `prefetch` steps are made ahead, in pinned memory if `pinned`. Close it; make it early and in the main thread, since
+    its processes are copies of this one.
+    """
 
-    def _batch(self, pack: Pack) -> Batch:
-        requests, holes = [], []
-        for unit in pack:
-            shards = self.order.shards[unit.dataset]
+    def __init__(
+        self,
+        order: Order,
+        collator: Collator,
+        *,
+        rank: int = 0,
+        size: int = 1,
+        workers: int = 0,
+        deadline_s: float = 120.0,
+        prefetch: int = 2,
+        pinned: bool = False,
+    ) -> None:
+        self._order, self._collator, self._rank, self._size = order, collator, rank, size
+        self._prefetch, self._pinned = prefetch, pinned
+        self._pool: Pool[Unit, Batch] = Pool(self._batch, workers=workers, deadline_s=deadline_s)
+
+    def steps(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """The micro-batches of each of the steps [start, stop) of the run, in their order."""
+        rank, size = self._rank, self._size
+        packs = (pack or () for step in range(start, stop) for pack in self._order.packs(step, rank, size))
+        each = self._order.micro_batches(size)
+        pin = Batch.pinned if self._pinned else None
+        with contextlib.closing(self._pool.map(packs, ahead=self._prefetch * each, finish=pin)) as batches:
+            while micro_batches := list(itertools.islice(batches, each)):
+                yield micro_batches
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _batch(self, pack: Sequence[Unit], attempt: Attempt) -> Batch:
+        holes: list[Hole] = []
+        batch = self._collator(self._requests(pack, attempt, holes))
+        batch.holes += holes
+        return batch
+
+    def _requests(self, pack: Sequence[Unit], attempt: Attempt, holes: list[Hole]) -> Iterator[Request]:
+        """The readable units, each announced before it is read; holes for the others."""
+        for number, unit in enumerate(pack):
+            shards = self._order.shards[unit.dataset]
             try:
-                requests.append(Request(shards.read(unit.clip), unit.conversations))
+                if (reason := attempt.why_lost(number)) is not None:
+                    entry = shards.entries[unit.clip]
+                    raise BadSample(entry.key, entry.shard, min(place[0] for place in entry.members.values()), reason)
+                attempt.begin(number)
+                request = Request(shards.read(unit.clip), unit.conversations)
             except BadSample as error:
                 holes += [Hole(f"{error.key}#{i}", error.shard, error.offset, error.reason) for i in unit.conversations]
-        return self.collator(requests, holes)
-
-
-def load_steps(
-    order: Order, collator: Collator, *, start: int, stop: int, rank: int, size: int, workers: int
-) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of steps [start, stop), one list per step, prefetched by `workers` processes in step
-    order."""
-    loader: DataLoader[list[Batch]] = DataLoader(
-        _Steps(order, collator, rank, size),
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        worker_init_fn=_one_thread if workers else None,
-        generator=torch.Generator(),  # else its base seed is drawn from the generator that a checkpoint restores
-    )
-    return iter(loader)
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
+                continue
+            if attempt.probing:
+                self._collator([request])
+            yield request
+        attempt.begin(ALL)

@@ -7,7 +7,9 @@ ranks.
 
 import json
 import math
+import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +26,7 @@ from swim.data_tools.synth import synthesise
 from swim.train.batch import Batch
 from swim.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
 from swim.train.config import Config, ConfigError, engine_file
-from swim.train.loader import Order, load_steps
+from swim.train.loader import Loader, Order
 from swim.train.metrics import Metrics, append_jsonl, drop_after, peak_memory_mib, write_whole
 from swim.train.system import Progress, System, Term, build_system
 from swim.train.world import World, init_world
@@ -46,31 +48,36 @@ def train(config: Config) -> Path:
         return folder
     system = build_system(config)
     order = _build_order(config, system, world)
+    # Before the engine: workers are copies of this process, and would keep a second copy of what it changes.
+    with _build_loader(config, system, order, world) as loader:
+        _train(config, system, order, loader, world)
+    world.close()
+    return folder
+
+
+def _train(config: Config, system: System, order: Order, loader: Loader, world: World) -> None:
+    folder = config.run.folder
     engine = _build_engine(config, system, order.micro_batches(world.size), world)
     start = _resume(engine, order, folder, world)
     stop = min(config.run.stop_after or config.run.steps, config.run.steps)
-    batches = load_steps(
-        order, system.collator, start=start, stop=stop, rank=world.rank, size=world.size, workers=config.data.workers
-    )
+    batches = loader.steps(start, stop)
     with Metrics(folder / "metrics.jsonl" if world.is_main else None, start=start, steps=config.run.steps) as metrics:
         for step in range(start, stop):
             values = train_step(engine, system, batches, config, Progress(step, config.run.steps), world)
             metrics.log(step + 1, values)
             due = config.run.save_every and (step + 1) % config.run.save_every == 0
-            bad = _count_bad(folder, world) if values["holes"] else 0
+            bad, reasons = _count_bad(folder, world) if values["holes"] else (0, "")
             if step + 1 == stop or due or bad > config.data.max_bad:
                 save_checkpoint(engine, folder / "checkpoints", step + 1, order.state(step + 1), world)
             if bad > config.data.max_bad:
                 raise TrainingError(
                     f"step {step}: {bad} conversations could not be read so far, data.max_bad is "
                     f"{config.data.max_bad}; see {folder / 'quarantine.jsonl'}, repair the shards or raise the limit, "
-                    "then resume"
+                    f"then resume. Most often: {reasons}"
                 )
     if stop == config.run.steps:
         save_model(engine, folder / "model", system.tokenizer, config.model.path, world)
         _finish(folder, world)
-    world.close()
-    return folder
 
 
 def train_step(
@@ -170,6 +177,20 @@ def _build_engine(config: Config, system: System, micro_batches: int, world: Wor
     return engine
 
 
+def _build_loader(config: Config, system: System, order: Order, world: World) -> Loader:
+    data = config.data
+    return Loader(
+        order,
+        system.collator,
+        rank=world.rank,
+        size=world.size,
+        workers=data.workers,
+        deadline_s=data.deadline_s,
+        prefetch=data.prefetch,
+        pinned=world.device.type == "cuda",
+    )
+
+
 def _build_order(config: Config, system: System, world: World) -> Order:
     """The order of the run. The main rank is first: it counts tokens and writes plans, the others read them."""
     order, problem, cache = None, None, config.run.folder / "plans"
@@ -230,17 +251,25 @@ def _claim(config: Config) -> None:
     write_whole(saved, yaml.safe_dump(resolved, sort_keys=False))
 
 
-def _count_bad(folder: Path, world: World) -> int:
-    ids = set()
+def _count_bad(folder: Path, world: World) -> tuple[int, str]:
+    """Conversations in the quarantine, and its most frequent reasons; the same on every rank."""
+    found = (0, "")
     if world.is_main:
-        ids = {json.loads(line)["id"] for line in (folder / "quarantine.jsonl").read_text().splitlines()}
-    return int(world.gather(len(ids))[0])
+        lines = map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines())
+        reasons = {line["id"]: line["reason"] for line in lines}
+        often = Counter(re.sub(r"\d+", "N", reason) for reason in reasons.values()).most_common(3)
+        found = len(reasons), "; ".join(f"{count} x {reason[:200]!r}" for reason, count in often)
+    return world.gather(found)[0]
 
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     # What may change between the parts of one run: when it saves, logs and stops, how it is launched and loaded.
     run = {k: v for k, v in config["run"].items() if k not in ("save_every", "stop_after", "output", "name")}
-    data = {k: v for k, v in config["data"].items() if k not in ("workers", "max_bad", "train", "synth")}
+    data = {
+        k: v
+        for k, v in config["data"].items()
+        if k not in ("workers", "deadline_s", "prefetch", "max_bad", "train", "synth")
+    }
     return {**config, "run": run, "data": data, "launch": None}
 
 

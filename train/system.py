@@ -2,14 +2,14 @@
 them."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from swim.data_tools.shards import Sample
-from swim.train.batch import Batch, Hole
+from swim.train.batch import Batch
 from swim.train.config import Config
 from swim.train.encode import ConversationEncoder, Encoded
 from swim.train.families import Clip
@@ -45,8 +45,11 @@ class Collator(Protocol):
 
     encoder: ConversationEncoder
 
-    def __call__(self, requests: Sequence[Request], holes: Sequence[Hole] = ()) -> Batch:
-        """One micro-batch; what cannot be read becomes a hole, never a substitute."""
+    def __call__(self, requests: Iterable[Request]) -> Batch:
+        """One micro-batch; what cannot be used becomes a hole, never a substitute.
+
+        The work on a request is done before the next one is taken, so that a crash is blamed on the right one.
+        """
         ...
 
     def measure(self, request: Request) -> list[tuple[str, Encoded, Clip | None]]:

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText
 from swim.data_tools.records import Conversation, Record, Turn
 from swim.data_tools.shards import ShardWriter
 from swim.train.config import load_config
-from swim.train.loader import Order, load_steps
+from swim.train.loader import Loader, Order
 from swim.train.loop import combine, learning_rate
 from swim.train.system import Progress, build_system
 
@@ -165,7 +165,7 @@ def parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_step(order, system, step, rank, size):
-    return next(load_steps(order, system.collator, start=step, stop=step + 1, rank=rank, size=size, workers=0))
+    return next(Loader(order, system.collator, rank=rank, size=size).steps(step, step + 1))
 
 
 def test_the_mask_loss_alone_trains_every_supervised_layer_under_zero3_and_checkpointing(mixed, tmp_path):

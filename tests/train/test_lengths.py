@@ -11,7 +11,7 @@ from swim.data_tools.records import Conversation, Record, Turn
 from swim.data_tools.shards import ShardSet, ShardWriter
 from swim.data_tools.video import VideoError
 from swim.train.lengths import Cost, count_text
-from swim.train.loader import Order, load_steps
+from swim.train.loader import Loader, Order
 from swim.train.system import build_system
 from swim.train.tokenizer import train_tokenizer
 
@@ -75,7 +75,7 @@ def test_every_pack_has_the_tokens_that_its_batch_has(folders, tmp_path, model_t
     system = build_system(config)
     order = Order(config, system)
     plan = order.plan(0)
-    batches = load_steps(order, system.collator, start=0, stop=plan.num_steps, rank=0, size=1, workers=0)
+    batches = Loader(order, system.collator).steps(0, plan.num_steps)
     found = [batch.num_tokens for step in batches for batch in step][: plan.num_packs]
     assert found == plan.tokens.tolist()
     assert max(found) <= 500

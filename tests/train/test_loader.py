@@ -16,7 +16,7 @@ from tiny import largest_difference, make_data, tiny_config
 from swim.data_tools import plan as plans
 from swim.data_tools.records import Conversation, Record, Turn
 from swim.data_tools.shards import ShardWriter
-from swim.train.loader import Order, load_steps
+from swim.train.loader import Loader, Order
 from swim.train.system import build_system
 
 
@@ -59,7 +59,7 @@ def test_one_stream_of_ids_for_any_ranks_workers_and_stops(data, tmp_path):
     first = order()
     epochs = [first.plan(epoch).num_steps for epoch in range(3)]
     num_steps = sum(epochs)
-    whole = ids(load_steps(first, system.collator, start=0, stop=num_steps, rank=0, size=1, workers=0))
+    whole = ids(Loader(first, system.collator).steps(0, num_steps))
     flat = [name for step in whole for pack in step for name in pack]
     assert len(set(flat)) < len(flat)
     assert {name[:1] for name in flat} == {"s", "t"}
@@ -70,10 +70,10 @@ def test_one_stream_of_ids_for_any_ranks_workers_and_stops(data, tmp_path):
         again, size = order(), next(worlds)
         start = again.resume(state)
         stop = min(num_steps, start + int(rng.integers(1, 6)))
-        ranks = [
-            ids(load_steps(again, system.collator, start=start, stop=stop, rank=rank, size=size, workers=rank % 2))
-            for rank in range(size)
-        ]
+        ranks = []
+        for rank in range(size):
+            with Loader(again, system.collator, rank=rank, size=size, workers=int(rng.integers(3))) as loader:
+                ranks.append(ids(loader.steps(start, stop)))
         for step in zip(*ranks, strict=True):
             packs = [pack for turn in zip(*step, strict=True) for pack in turn]
             stream.append(packs)

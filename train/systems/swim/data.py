@@ -1,6 +1,6 @@
 """SWIM's batches: decoded clips, encoded conversations, and the mask targets of their nouns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,11 +44,11 @@ class SwimCollator:
     ) -> None:
         self.encoder, self.data, self.options, self.config = encoder, data, options, config
 
-    def __call__(self, requests: Sequence[Request], holes: Sequence[Hole] = ()) -> SwimBatch:
+    def __call__(self, requests: Iterable[Request]) -> SwimBatch:
         """Batch of all conversations; a clip that cannot be read or encoded becomes one hole per conversation."""
         conversations: Conversations = []
         masks: list[Masks] = []
-        holes = list(holes)
+        holes: list[Hole] = []
         for request in requests:
             new, bad = self.encode(request)
             conversations, holes = conversations + new, holes + bad
