@@ -1,5 +1,6 @@
 """The `swim` command: data, train, evaluate, demo."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -78,7 +79,7 @@ def inspect(
     """Write a page of what training makes of clips: frames, masks, their coverage of the grid, tokens, nouns."""
     from swim.data_tools.shards import ShardSet
     from swim.train.config import load_config
-    from swim.train.systems.swim.inspect import write_page
+    from swim.train.system import page_writer
 
     chosen = chosen or []
     shards = ShardSet(folder)
@@ -86,9 +87,41 @@ def inspect(
     for key in keys:
         check_key(shards, key)
     config = load_config(recipe, [text for text in chosen if "=" in text])
-    shown, bad = write_page(shards, progress(keys or shards.keys()[:limit], "inspecting"), config, out, recipe=recipe)
+    samples = ((shards, key, None) for key in progress(keys or shards.keys()[:limit], "inspecting"))
+    title = f"What {recipe} makes of {folder.resolve().name}"
+    shown, bad = page_writer(config)(samples, config, out, title=title, origin=f"shards {shards.digest[:12]}")
     print(f"{shown} clips shown, {bad} left out (the page says why): {out}")
     if bad:
+        raise typer.Exit(1)
+
+
+@data_app.command()
+@one_message
+def replay(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, finished or not.")],
+    step: Annotated[int, typer.Option(help="Step as metrics.jsonl counts them, from 1.")],
+    rank: Annotated[int | None, typer.Option(help="One rank; default: all.")] = None,
+    world_size: Annotated[int | None, typer.Option(min=1, help="Number of ranks; default: the run's.")] = None,
+    data: Annotated[list[Path] | None, typer.Option(help="Folders of data.train, if they have moved.")] = None,
+    out: Annotated[Path | None, typer.Option(help="HTML page to write: what training made of these samples.")] = None,
+    tensors: Annotated[Path | None, typer.Option(help="safetensors file to write: the batches.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the samples behind a step's loss, made again and compared with the log; exit with 1 if they differ."""
+    from swim.train.replay import describe, replay_report, save_tensors
+    from swim.train.replay import replay as replay_step
+    from swim.train.system import page_writer
+
+    found = replay_step(run, step, rank=rank, num_ranks=world_size, data=data or ())
+    print(json.dumps(describe(found), indent=2) if as_json else replay_report(found))
+    if tensors is not None:
+        print(f"{save_tensors(found, tensors)} tensors: {tensors}", file=sys.stderr)
+    if out is not None:
+        title = f"Step {step} of {run.resolve().name}" + ("" if rank is None else f", rank {rank} of {found.num_ranks}")
+        origin = f"plan {found.position.plan_digest[:12]}"
+        shown, bad = page_writer(found.config)(found.units(), found.config, out, title=title, origin=origin)
+        print(f"{shown} clips shown, {bad} holes (the page says why): {out}", file=sys.stderr)
+    if found.differences:
         raise typer.Exit(1)
 
 

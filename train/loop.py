@@ -31,6 +31,8 @@ from swim.train.metrics import Metrics, append_jsonl, drop_after, peak_memory_mi
 from swim.train.system import Progress, System, Term, build_system
 from swim.train.world import World, init_world
 
+PARTS_FILE = "parts.jsonl"
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names step, samples and remedy."""
@@ -60,6 +62,10 @@ def _train(config: Config, system: System, order: Order, loader: Loader, world: 
     engine = _build_engine(config, system, order.micro_batches(world.size), world)
     start = _resume(engine, order, folder, world)
     stop = min(config.run.stop_after or config.run.steps, config.run.steps)
+    if world.is_main:
+        # Which order and how many ranks the next steps have: what it takes to replay one of them.
+        part = {"step": start, "ranks": world.size, "plan": asdict(order.state(start))}
+        append_jsonl(folder / PARTS_FILE, [part])
     batches = loader.steps(start, stop)
     with Metrics(folder / "metrics.jsonl" if world.is_main else None, start=start, steps=config.run.steps) as metrics:
         for step in range(start, stop):
@@ -277,9 +283,10 @@ def _resume(engine: Any, order: Order, folder: Path, world: World) -> int:
     path = world.gather(latest_checkpoint(folder / "checkpoints") if world.is_main else None)[0]
     step = order.resume(load_checkpoint(engine, path, world)) if path is not None else 0
     if world.is_main:
-        # metrics count steps from 1, the quarantine from 0
+        # metrics count steps from 1, the others from 0
         drop_after(folder / "metrics.jsonl", step)
         drop_after(folder / "quarantine.jsonl", step - 1)
+        drop_after(folder / PARTS_FILE, step - 1)
         if path is not None:
             print(f"resuming from {path} at step {step}", flush=True)
     world.barrier()

@@ -2,9 +2,9 @@
 them."""
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -93,3 +93,9 @@ class System(Protocol):
 def build_system(config: Config) -> System:
     """The system that `config.system` names."""
     return importlib.import_module(f"swim.train.systems.{config.system['name']}.model").build(config)
+
+
+def page_writer(config: Config) -> Callable[..., tuple[int, int]]:
+    """`write_page` of the system that `config.system` names: the page of what its recipe makes of samples."""
+    writer = importlib.import_module(f"swim.train.systems.{config.system['name']}.inspect").write_page
+    return cast(Callable[..., tuple[int, int]], writer)

@@ -94,7 +94,7 @@ def test_a_page_says_what_a_clip_becomes(synth_folder: Path, tmp_path: Path) -> 
     for said in ("<b>72 visual tokens</b>", "grid 2×6×6", "CC0-1.0", "8 frames of 112×112 at 8/s", "synth_5_000000#1"):
         assert said in page
     others = sum(conversation.task != "colour" for conversation in record.conversations)
-    assert f"{others} conversations of other tasks are left out" in page
+    assert f"{others} conversations are left out by data.tasks" in page
     pictures = re.findall(r'<img [^>]*alt="([^"]*)"[^>]*src="data:image/png;base64,', page)
     assert len(pictures) == page.count("<img") == len(set(heads))
     assert all("sampled frames" in alt and "step 1: " in alt for alt in pictures)

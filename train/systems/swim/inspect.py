@@ -83,31 +83,39 @@ class Entry:
     clip: Clip | None = None
     objects: Sequence[tuple[str, str, int, int, int]] = ()  # id, label, frames present, absent, not annotated
     talks: Sequence[Talk] = ()
-    other_tasks: int = 0  # conversations that data.tasks leaves out
+    other_tasks: int = 0  # conversations that are left out
     targets: Sequence[Target] = ()
     batch: SwimBatch | None = field(default=None, repr=False)
 
 
-def write_page(shards: ShardSet, keys: Iterable[str], config: Config, out: Path, *, recipe: str) -> tuple[int, int]:
-    """Write the page about these samples of the shards; returns how many clips it shows and how many holes it names."""
+def write_page(
+    samples: Iterable[tuple[ShardSet, str, tuple[int, ...] | None]],
+    config: Config,
+    out: Path,
+    *,
+    title: str,
+    origin: str,
+) -> tuple[int, int]:
+    """Write the page about samples by shards, key and conversations (None: all of data.tasks); returns how many clips
+    it shows and how many holes it names. `origin` says by a digest what they were taken from."""
     system = SwimSystem(config)
     shown = bad = 0
 
     def entries() -> Iterator[Entry]:
         nonlocal shown, bad
-        for key in keys:
-            entry = inspect_clip(shards, key, system)
+        for shards, key, conversations in samples:
+            entry = inspect_clip(shards, key, system, conversations)
             shown, bad = shown + bool(entry.record), bad + len(entry.holes)
             yield entry
 
     template = environment().get_template("inspect.html.jinja")
     page = template.stream(
-        title=f"What {recipe} makes of {shards.folder.resolve().name}",
+        title=title,
         entries=entries(),
         data=config.data,
         options=system.options,
         family=system.model_config.model_type,
-        digest=shards.digest,
+        origin=origin,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     hidden = out.with_name(f".{out.name}.partial")
@@ -117,14 +125,15 @@ def write_page(shards: ShardSet, keys: Iterable[str], config: Config, out: Path,
     return shown, bad
 
 
-def inspect_clip(shards: ShardSet, key: str, system: SwimSystem) -> Entry:
-    """What the recipe makes of one sample: the conversations of its tasks, and the targets of their nouns."""
+def inspect_clip(shards: ShardSet, key: str, system: SwimSystem, wanted: tuple[int, ...] | None = None) -> Entry:
+    """What the recipe makes of one sample, of all conversations of data.tasks or of the `wanted`, and the targets of
+    their nouns."""
     collator = system.collator
     try:
         sample = shards.read(key)
         tasks = collator.data.tasks
         conversations = sample.record.conversations
-        chosen = tuple(i for i, talk in enumerate(conversations) if tasks is None or talk.task in tasks)
+        chosen = wanted or tuple(i for i, talk in enumerate(conversations) if tasks is None or talk.task in tasks)
         if not chosen:
             found = sorted({talk.task for talk in conversations})
             raise RecordError(f"no conversation of data.tasks {tasks}, only of {found}; training leaves this clip out")
