@@ -120,15 +120,16 @@ def index(folder: Folder) -> None:
         raise ShardError(f"{folder}: no *.tar found; give a folder of shards")
     for path in progress(paths, "indexing"):
         print(index_shard(path))
+    ShardSet(folder)  # each index is good by itself; keys are unique over all of them
 
 
 @app.command(name="validate")
 @one_message
 def validate_command(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Folders of shards.")],
+    folders: Annotated[list[str], typer.Argument(metavar="FOLDER...", help="Folders of shards.")],
     deep: Annotated[bool, typer.Option("--deep", help="Read every byte and decode every frame.")] = False,
     against: Annotated[
-        list[Path] | None, typer.Option(help="Folder that must not share clips with these, such as a test split.")
+        list[str] | None, typer.Option(help="Folder that must not share clips with these, such as a test split.")
     ] = None,
     report: Annotated[Path | None, typer.Option("--json", help="File for all findings and their counts.")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings, too.")] = False,

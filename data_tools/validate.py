@@ -97,53 +97,66 @@ class Summary:
 
 
 def examine(shards: ShardSet, number: int, options: Options) -> Result:
-    """All that is wrong with one sample alone."""
+    """All that is wrong with one sample alone; the media of a wrong record are read, but not decoded."""
     entry = shards.entries[number]
     result = Result(entry.key)
-    layers = [name for name in entry.members if _is_layer(name)]
     result.media = [(size, crc) for name, (_, size, crc) in entry.members.items() if size and not _is_layer(name)]
 
     def add(found: Found, offset: int | None = None) -> None:
         result.findings.append(_finding(shards, entry, found, offset))
 
-    texts: dict[str, bytes] = {}
-    # Members that no record names are read as well: a damaged one tells of a damaged shard.
-    for name in dict.fromkeys(["json", *(entry.members if options.deep else layers)]):
-        try:
-            data = shards.read_member(number, name)
-        except BadSample as error:
-            add(Found("unreadable", name, error.reason), error.offset)
-        else:
-            texts |= {name: data} if name in ("json", "masks.json") else {}
-    if "json" not in texts or ("masks.json" in entry.members and "masks.json" not in texts):
-        return result
-    offset = entry.members["json"][0]
+    text_names = ("json", "masks.json")
+    for name in entry.members if options.deep else ():
+        if name not in text_names:
+            for found, offset in _unreadable(shards, number, name):
+                add(found, offset)
     try:
-        record, masks = parse_fields(entry.key, texts["json"], texts.get("masks.json"))
-    except RecordError as error:
-        path, wrong, remedy = error.problem or ("", str(error), "")
-        add(Found("schema", path, wrong, remedy=remedy), offset)
+        sample = shards.read(number)
+    except BadSample as error:
+        damaged = [pair for name in text_names if name in entry.members for pair in _unreadable(shards, number, name)]
+        for found, offset in damaged or _all_problems(shards, number, error):
+            add(found, offset)
         return result
-    broken = [broken_contract(problem) for problem in problems(record, masks)]
-    for found in broken:
-        add(found, offset)
+    record = sample.record
     for found in _check_members(record, entry.members):
         add(found)
-    stated = (entry.height, entry.width, entry.num_frames, entry.fps)
-    if stated != (told := _facts(record)):
+    stated, told = (entry.height, entry.width, entry.num_frames, entry.fps), _facts(record)
+    if stated != told:
         add(Found("index", "media[0]", f"{stated} in the index, {told} in the record"))
-    if not broken:  # the other checks take it for granted
-        tubes = measure_tubes(masks)
-        for found in chain(check_record(record, tubes), check_masks(record, tubes, cells=options.cells)):
-            add(found, offset)
-        seen = sum(int(tube.seen.sum()) for tube in tubes.values())
-        annotated = sum(len(tube.frames) for tube in tubes.values())
-        missing = len(record.objects) * entry.num_frames - annotated
-        result.masks.update({"present": seen, "absent": annotated - seen, "not annotated": missing})
-        if options.deep:
-            for found in _check_media(shards.read(number), result):
-                add(found)
+    tubes = measure_tubes(sample.masks)
+    for found in chain(check_record(record, tubes), check_masks(record, tubes, cells=options.cells)):
+        add(found)
+    seen = sum(int(tube.seen.sum()) for tube in tubes.values())
+    annotated = sum(len(tube.frames) for tube in tubes.values())
+    missing = len(record.objects) * entry.num_frames - annotated
+    result.masks.update({"present": seen, "absent": annotated - seen, "not annotated": missing})
+    for found in _check_media(sample, result) if options.deep else ():
+        add(found)
     return result
+
+
+def _unreadable(shards: ShardSet, number: int, name: str) -> Iterator[tuple[Found, int]]:
+    try:
+        shards.read_member(number, name)
+    except BadSample as error:
+        yield Found("unreadable", name, error.reason), error.offset
+
+
+def _all_problems(shards: ShardSet, number: int, first: BadSample) -> Iterator[tuple[Found, int]]:
+    """All that is wrong with a record, of which reading it has told the first."""
+    members = shards.entries[number].members
+    if "json" not in members:
+        yield Found("schema", "", first.reason), first.offset
+        return
+    texts = [shards.read_member(number, name) if name in members else None for name in ("json", "masks.json")]
+    try:
+        record, masks = parse_fields(first.key, texts[0] or b"", texts[1])
+    except RecordError as error:
+        path, wrong, remedy = error.problem or ("", str(error), "")
+        yield Found("schema", path, wrong, remedy=remedy), first.offset
+        return
+    for problem in problems(record, masks):
+        yield broken_contract(problem), first.offset
 
 
 def _finding(shards: ShardSet, entry: Entry, found: Found, offset: int | None = None) -> Finding:
@@ -151,7 +164,11 @@ def _finding(shards: ShardSet, entry: Entry, found: Found, offset: int | None = 
     if offset is None:
         offset = min((offset for offset, _, _ in entry.members.values()), default=0)
     words = found.field, found.value, found.limit or limit, found.remedy or remedy
-    return Finding(level, found.kind, entry.key, str(shards.folder / entry.shard), offset, *words)
+    return Finding(level, found.kind, entry.key, _shard(shards, entry), offset, *words)
+
+
+def _shard(shards: ShardSet, entry: Entry) -> str:
+    return f"{shards.folder}/{entry.shard}"
 
 
 def _check_members(record: Record, members: Mapping[str, tuple[int, int, int]]) -> Iterator[Found]:
@@ -324,7 +341,7 @@ class _Twins:
         (folder, number), (own_folder, own_number) = self._places[other], self._places[own]
         first, shards = self._folders[folder], self._folders[own_folder]
         entry = first.entries[number]
-        value = f"{value}, as {entry.key!r} in {first.folder / entry.shard}"
+        value = f"{value}, as {entry.key!r} in {_shard(first, entry)}"
         return _finding(
             shards, shards.entries[own_number], Found(kind, "key" if kind == "same_key" else "media", value)
         )

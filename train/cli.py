@@ -102,7 +102,7 @@ def replay(
     step: Annotated[int, typer.Option(help="Step as metrics.jsonl counts them, from 1.")],
     rank: Annotated[int | None, typer.Option(help="One rank; default: all.")] = None,
     world_size: Annotated[int | None, typer.Option(min=1, help="Number of ranks; default: the run's.")] = None,
-    data: Annotated[list[Path] | None, typer.Option(help="Folders of data.train, if they have moved.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Folders of data.train, if they have moved.")] = None,
     out: Annotated[Path | None, typer.Option(help="HTML page to write: what training made of these samples.")] = None,
     tensors: Annotated[Path | None, typer.Option(help="safetensors file to write: the batches.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -60,7 +60,7 @@ class Replay:
 
 
 def replay(
-    run: Path, step: int, *, rank: int | None = None, num_ranks: int | None = None, data: Sequence[Path] = ()
+    run: Path, step: int, *, rank: int | None = None, num_ranks: int | None = None, data: Sequence[str] = ()
 ) -> Replay:
     """Make step `step` (from 1) of a run again, for one rank or all; PlanError if its data or order has changed.
 
@@ -101,7 +101,7 @@ def replay(
     )
 
 
-def _config(run: Path, data: Sequence[Path]) -> Config:
+def _config(run: Path, data: Sequence[str]) -> Config:
     if not (run / "config.yaml").is_file():
         raise ReplayError(f"{run}: no config.yaml in it; give the folder of a run")
     config = load_config(run / "config.yaml")
@@ -109,7 +109,7 @@ def _config(run: Path, data: Sequence[Path]) -> Config:
     if data and len(data) != len(train):
         raise ReplayError(f"{len(data)} folders are given with --data, data.train of {run} has {len(train)}; give all")
     if data:
-        train = [one.model_copy(update={"path": path}) for one, path in zip(train, data)]
+        train = [type(one).model_validate({**one.model_dump(), "path": path}) for one, path in zip(train, data)]
     # The folder may have moved since.
     whole = run.resolve()
     place = config.run.model_copy(update={"output": whole.parent, "name": whole.name})
@@ -175,7 +175,7 @@ def _describe_micro_batch(one: MicroBatch, shards: Sequence[ShardSet]) -> dict[s
     for unit in one.pack or ():
         entry = shards[unit.dataset].entries[unit.clip]
         ids = [f"{entry.key}#{i}" for i in unit.conversations]
-        samples.append({"ids": ids, "shard": str(shards[unit.dataset].folder / entry.shard)})
+        samples.append({"ids": ids, "shard": f"{shards[unit.dataset].folder}/{entry.shard}"})
     holes = [{"id": hole.id, "offset": hole.offset, "reason": hole.reason} for hole in one.batch.holes]
     place = {"rank": one.rank, "micro_batch": one.number, "dummy": one.pack is None}
     return {**place, "tokens": one.batch.num_tokens, "counts": one.batch.counts, "samples": samples, "holes": holes}

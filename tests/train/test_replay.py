@@ -130,7 +130,7 @@ def test_changed_data_is_refused_and_damage_is_told(trained, tmp_path):
     assert swim(moved / "run", "--step", 2, *folders).exit_code == 0, "run and folders may move"
     assert swim(moved / "run", "--step", 2, "--data", moved / "a").exit_code == 2
     # Bytes of a video that has been read before: the index knows nothing of it, the log does.
-    found = replay(moved / "run", 2, data=[moved / "a", moved / "b"])
+    found = replay(moved / "run", 2, data=[str(moved / "a"), str(moved / "b")])
     _, key, _ = next(unit for unit in found.units() if unit[0].folder == moved / "a")
     shards = found.shards[0]
     entry = next(entry for entry in shards.entries if entry.key == key)
