@@ -158,6 +158,7 @@ def index_shard(tar_path: str | Path) -> Path:
     path = Path(tar_path)
     entries: dict[str, Entry] = {}
     try:
+        length = path.stat().st_size
         with tarfile.open(path, "r:") as tar:
             for key, infos in itertools.groupby(tar, lambda info: info.name.partition(".")[0]):
                 if key in entries:
@@ -166,9 +167,13 @@ def index_shard(tar_path: str | Path) -> Path:
                     )
                 members, text = {}, {}
                 for info in infos:
-                    file = tar.extractfile(info)
+                    # A link would be read as what it points to, a sparse file as the zeros that it leaves out.
+                    file = tar.extractfile(info) if info.isfile() and not info.issparse() else None
                     if file is None:
                         raise ShardError(f"{path}: {info.name!r} is not a plain file; remove it from the tar")
+                    if not 0 <= info.size <= length - info.offset_data:  # or memory would be asked for all of it
+                        problem = f"{info.name!r} has {info.size} bytes at byte {info.offset_data} of {length}"
+                        raise ShardError(f"{path}: {problem}; copy it again from its source")
                     data, suffix = file.read(), info.name.partition(".")[2]
                     members[suffix] = (info.offset_data, info.size, zlib.crc32(data))
                     if suffix in ("json", "masks.json"):
@@ -361,7 +366,7 @@ class _Files:
 def _entry(key: str, members: dict[str, tuple[int, int, int]], record: Record, masks: Masks) -> Entry:
     for item in record.media:
         if item.member is not None and item.member not in members:
-            problem = f"member {item.member!r} is not in the tar, which has {sorted(members)}"
+            problem = f"member {item.member!r} is not in the tar, which has {sorted(members)!s:.200}"
             raise RecordError(f"record {key!r}, media: {problem}; write the tar anew")
     conversations = []
     for conversation in record.conversations:
