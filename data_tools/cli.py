@@ -229,8 +229,8 @@ def _print_summary(summary: Summary) -> None:
             f"{name} {summary.masks[name] / whole:.1%}" for name in ("present", "absent", "not annotated")
         )
         print(f"objects in frames: {whole:,}, {shares}")
-    found = f"{summary.errors:,} errors, {summary.warnings:,} warnings"
-    print(f"{summary.samples:,} samples, {summary.bad:,} of them with errors; {found}")
+    counts = f"errors: {summary.errors:,}, warnings: {summary.warnings:,}"
+    print(f"{summary.samples:,} samples, {summary.bad:,} of them with errors; {counts}")
 
 
 def check_key(shards: ShardSet, key: str) -> None:

@@ -210,8 +210,8 @@ def _check_media(sample: Sample, result: Result) -> Iterator[Found]:
 def validate(
     folders: Sequence[ShardSet], against: Sequence[ShardSet] = (), *, options: Options, jobs: int = 1
 ) -> Iterator[Result]:
-    """Results of all samples of `against`, which are looked at for comparison only and have no findings, then of
-    `folders`, and last one without a key: what samples of `folders` have in common with those of an earlier folder."""
+    """An empty result for each sample of `against`, which is only compared with, then those of `folders`, and last what
+    samples of these have in common with those of an earlier folder, without a key."""
     whole = [*against, *folders]
     twins = _Twins(whole, len(against))
     size = CHUNK // 32 if options.deep else CHUNK
@@ -222,10 +222,8 @@ def validate(
     ]
     for (folder, numbers), results in zip(chunks, _examine_all(whole, chunks, options, jobs)):
         for number, result in zip(numbers, results):
-            if folder < len(against):
-                result.findings, result.masks = [], Counter()
             twins.add(folder, number, result)
-            yield result
+            yield result if folder >= len(against) else Result("")
     yield Result("", list(twins.findings()))
 
 

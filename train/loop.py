@@ -27,11 +27,9 @@ from swim.train.batch import Batch
 from swim.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
 from swim.train.config import Config, ConfigError, engine_file
 from swim.train.loader import Loader, Order
-from swim.train.metrics import Metrics, append_jsonl, drop_after, peak_memory_mib, write_whole
+from swim.train.metrics import PARTS_FILE, Metrics, append_jsonl, drop_after, peak_memory_mib, write_whole
 from swim.train.system import Progress, System, Term, build_system
 from swim.train.world import World, init_world
-
-PARTS_FILE = "parts.jsonl"
 
 
 class TrainingError(RuntimeError):

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+PARTS_FILE = "parts.jsonl"  # a line for every start of a run
 PLAIN_EVERY_S = 10.0
 
 

@@ -18,7 +18,7 @@ from swim.data_tools.shards import ShardSet
 from swim.train.batch import Batch
 from swim.train.config import Config, load_config
 from swim.train.loader import Loader, Order
-from swim.train.loop import PARTS_FILE
+from swim.train.metrics import PARTS_FILE
 from swim.train.system import build_system
 
 

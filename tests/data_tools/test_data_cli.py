@@ -83,7 +83,7 @@ def test_damage_and_wrong_facts_are_listed_and_counted(copied: Path) -> None:
     assert damaged.exit_code == 1
     assert "error unreadable: 1\n  'synth_5_000001' in " in damaged.stdout
     assert "CRC32" in damaged.stdout
-    assert damaged.stdout.endswith("6 samples, 1 of them with errors; 1 errors, 0 warnings\n")
+    assert damaged.stdout.endswith("6 samples, 1 of them with errors; errors: 1, warnings: 0\n")
     path.write_bytes(bytes(data).replace(b'"num_frames":8', b'"num_frames":9'))
     assert _run("index", copied).exit_code == 0
     wrong = _run("validate", copied, "--deep")
@@ -133,7 +133,7 @@ def test_the_example_of_the_data_page_runs(synth_folder: Path, tmp_path: Path, m
     (tmp_path / "clip.mp4").write_bytes(ShardSet(synth_folder).read(0).media())
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "docs/data.md", "exec"), {})
-    assert "0 errors" in _run("validate", "shards/mine", "--deep").stdout
+    assert "errors: 0" in _run("validate", "shards/mine", "--deep").stdout
 
 
 def test_the_line_of_the_data_page_converts(synth_folder: Path, tmp_path: Path) -> None:

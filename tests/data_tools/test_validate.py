@@ -76,7 +76,7 @@ def test_good_samples_have_no_findings_shallow_or_deep(synth_folder: Path, tmp_p
     for flags in ((), ("--deep",), ("--jobs", 2)):
         result = _run(synth_folder, "--strict", "--json", tmp_path / "report.json", *flags)
         assert result.exit_code == 0, result.output
-        assert result.stdout.endswith("6 samples, 0 of them with errors; 0 errors, 0 warnings\n")
+        assert result.stdout.endswith("6 samples, 0 of them with errors; errors: 0, warnings: 0\n")
         report = json.loads((tmp_path / "report.json").read_text())
         assert report["findings"] == []
         assert report["kinds"] == {}
@@ -340,6 +340,7 @@ def test_splits_must_not_share_clips(synth_folder: Path, tmp_path: Path) -> None
         assert result.exit_code == ("same_video" in kinds), result.output
         found = json.loads(report.read_text())
         assert {kind: told["findings"] for kind, told in found["kinds"].items()} == kinds
+        assert found["samples"] == len(ShardSet(tmp_path / name)), "without those that it is compared with"
         assert all(item["shard"] == str(tmp_path / name / "shard-000000.tar") for item in found["findings"])
         assert all(
             f"as 'synth_5_000000' in {synth_folder / 'shard-000000.tar'}" in f["value"] for f in found["findings"]

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT
 from recorded_training import train_recorded
 from safetensors.torch import load_file
 from tiny import make_data, tiny_config
@@ -162,3 +165,10 @@ def test_what_is_not_there_is_one_message(trained, tmp_path, arguments, said):
     assert result.exit_code == 2
     assert said in result.stderr
     assert "no config.yaml in it" in swim(tmp_path, "--step", 1).stderr
+
+
+def test_replaying_needs_no_engine():
+    """Which would print its own lines between those of --json, and take seconds to load."""
+    code = "import sys, swim.train.replay, swim.train.cli; print('deepspeed' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
