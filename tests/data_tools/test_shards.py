@@ -9,10 +9,9 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import webdataset
 
 from swim.data_tools import shards as shards_module
-from swim.data_tools.records import Conversation, Media, Record, RecordError, Turn, masks_json
+from swim.data_tools.records import Conversation, Media, Record, RecordError, Turn
 from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, ShardWriter, index_shard
 from swim.data_tools.synth import synthesise
 
@@ -74,18 +73,6 @@ def test_an_index_built_from_the_tar_is_the_same(copied: Path) -> None:
     index.unlink()
     assert index_shard(path) == index
     assert index.read_bytes() == written
-
-
-def test_plain_webdataset_reads_the_same(synth_folder: Path) -> None:
-    shards = ShardSet(synth_folder)
-    tars = [str(path) for path in synth_folder.glob("*.tar")]
-    seen = list(webdataset.WebDataset(tars, shardshuffle=False))
-    assert [item["__key__"] for item in seen] == shards.keys()
-    for item in seen:
-        sample = shards.read(item["__key__"])
-        assert item["mp4"] == sample.media()
-        assert item["masks.json"] == masks_json(sample.masks)
-        assert Record.model_validate_json(item["json"]) == sample.record
 
 
 def test_shards_split_at_max_bytes(tmp_path: Path) -> None:
