@@ -36,14 +36,14 @@ def _train(rank: int, ranks: int, port: int, config: Config, out: Path, kill_in_
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_PORT=str(port))
     real = loop.train_step
 
-    def train_step(engine, system, batches, config, progress, world):
+    def train_step(run, batches, progress):
         micro_batches = next(batches)
         names = [f"rank{rank}.batch{number}" for number in range(len(micro_batches))]
         tensors = [pair for name, batch in zip(names, micro_batches) for pair in batch_tensors(batch, name)]
         save_file(dict(tensors), out / f"step{progress.step + 1}_rank{rank}.safetensors")
         if progress.step + 1 == kill_in_step:
             os._exit(9)
-        return real(engine, system, iter([micro_batches]), config, progress, world)
+        return real(run, iter([micro_batches]), progress)
 
     loop.train_step = train_step
     loop.train(config)

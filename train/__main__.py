@@ -56,10 +56,15 @@ def main(arguments: list[str] | None = None) -> None:
         from swim.data_tools.shards import ShardError
         from swim.train.checkpoint import CheckpointError
         from swim.train.loop import TrainingError, train
+        from swim.train.stop import EXIT_CODE, Stopped
     except ConfigError as error:
         raise SystemExit(_explain(error)) from None
     try:
         train(config)
+    except Stopped as end:
+        if os.environ.get("RANK", "0") == "0":
+            print(end, flush=True)
+        raise SystemExit(EXIT_CODE) from None
     except (ConfigError, ShardError, PlanError, CheckpointError, TrainingError) as error:
         raise SystemExit(_explain(error)) from None
 

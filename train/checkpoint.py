@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ class CheckpointError(RuntimeError):
     """A checkpoint is damaged or does not fit; the message names file, value and remedy."""
 
 
-def save_checkpoint(engine: Any, folder: Path, step: int, state: PlanState, world: World) -> Path:
-    """Write `folder`/step_XXXXXXXX: engine state, order and random state of every rank; returns its path on all
-    ranks."""
+def save_checkpoint(
+    engine: Any, folder: Path, step: int, state: PlanState, world: World, *, guard: Sequence[float] = ()
+) -> Path:
+    """Write `folder`/step_XXXXXXXX: engine state, order, what the guard remembers, and random state of every rank;
+    returns its path on all ranks."""
     hidden, final = folder / f".incoming_{step:08d}", folder / f"step_{step:08d}"
     if world.is_main:
         for torn in folder.glob(".incoming_*"):
@@ -46,7 +49,8 @@ def save_checkpoint(engine: Any, folder: Path, step: int, state: PlanState, worl
     world.barrier()
     if world.is_main:
         files = {str(path.relative_to(hidden)): _digest(path) for path in sorted(hidden.rglob("*")) if path.is_file()}
-        manifest = {"version": __version__, "step": step, "world": world.size, "plan": asdict(state), "files": files}
+        manifest = {"version": __version__, "step": step, "world": world.size, "plan": asdict(state)}
+        manifest |= {"guard": list(guard), "files": files}
         (hidden / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in hidden.rglob("*"):
             if path.is_file():
@@ -64,9 +68,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(named, default=None)
 
 
-def load_checkpoint(engine: Any, path: Path, world: World) -> PlanState:
-    """Verify `path` and load it into the engine; CheckpointError if a file is missing, changed, or from another world
-    size."""
+def load_checkpoint(engine: Any, path: Path, world: World) -> tuple[PlanState, list[float]]:
+    """Verify `path` and load it into the engine; position in the order, and what the guard remembers.
+
+    CheckpointError if a file is missing, changed, or from another world size.
+    """
     manifest = json.loads((path / MANIFEST).read_text())
     problems: list[str] = []
     if world.is_main:
@@ -91,7 +97,7 @@ def load_checkpoint(engine: Any, path: Path, world: World) -> PlanState:
     if loaded is None:
         raise CheckpointError(f"{path}: the engine found no state; delete this folder to resume from the one before it")
     torch.set_rng_state(load_file(path / f"rng_rank{world.rank:05d}.safetensors")["cpu"])
-    return PlanState(**manifest["plan"])
+    return PlanState(**manifest["plan"]), manifest["guard"]
 
 
 # What a processor is made of beside the tokenizer; training changes none of it, so it is taken over from the base

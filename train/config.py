@@ -44,6 +44,10 @@ class RunConfig(Section):
     """Optimizer steps."""
     save_every: int = Field(0, ge=0)
     """Steps between checkpoints; 0 saves at the end only."""
+    keep: int = Field(3, gt=0)
+    """Newest checkpoints that are kept; older ones are removed once a newer one is complete."""
+    max_hours: float | None = Field(None, gt=0)
+    """End with a checkpoint and exit code 75 after so many hours; null leaves that to signals and the stop file."""
     stop_after: int | None = Field(None, gt=0)
     """End with a checkpoint after this step, as if interrupted; the schedule still counts `steps`."""
 
@@ -244,6 +248,24 @@ class OptimConfig(Section):
     """Gradient norm limit; 0 switches clipping off."""
 
 
+class GuardConfig(Section):
+    """What a run does about steps that go wrong and ranks that get no further."""
+
+    max_refused: int = Field(3, gt=0)
+    """Steps in a row that may change nothing (loss or gradient not finite, spikes) before the run ends."""
+    spike: Literal["none", "skip", "rewind", "stop"] = "none"
+    """About a loss far above the last ones: nothing; pass over the step; go back to the weights of the last checkpoint
+    and pass over the steps since; or end the run."""
+    spike_deviations: float = Field(10.0, gt=0)
+    """A spike is this many robust standard deviations (1.48 MAD) above the median of the window."""
+    spike_window: int = Field(100, gt=1)
+    """Applied steps that a loss is compared with; without so many there are no spikes."""
+    hang_s: float = Field(600.0, gt=0)
+    """Seconds that a part of a step may take (data, forward, backward, update); then all ranks dump stacks and exit."""
+    start_s: float = Field(3600.0, gt=0)
+    """The same for what comes before the second step, and for saving."""
+
+
 class LaunchConfig(Section):
     """How the run is started."""
 
@@ -259,6 +281,7 @@ class Config(Section):
     data: DataConfig
     optim: OptimConfig
     launch: LaunchConfig = LaunchConfig(ranks=None)
+    guard: GuardConfig = GuardConfig.model_validate({})
     deepspeed: str = "zero3_cpu"
     """A file of ds_configs/ by name, or a path to a DeepSpeed JSON file."""
     system: dict[str, Any]

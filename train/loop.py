@@ -1,139 +1,175 @@
-"""The training loop: next packs -> forward -> terms -> guard -> backward -> step -> log -> maybe save.
+"""The training loop: next packs -> forward -> terms -> backward -> guard -> step -> log -> maybe save, maybe stop.
 
 A system hands over sums; the loop divides them by the whole step's counts over all ranks and micro-batches, so the loss
 is a mean over nouns and answer tokens of the step, not a mean of means, and the gradient is the same for any number of
 ranks.
 """
 
+import gc
 import json
 import math
 import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
-import yaml
 from torch import Tensor
 
-from swim.data_tools.mixture import PlanError
-from swim.data_tools.shards import ShardError
-from swim.data_tools.synth import synthesise
 from swim.train.batch import Batch
 from swim.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
-from swim.train.config import Config, ConfigError, engine_file
+from swim.train.config import Config
+from swim.train.engine import build_engine, nothing_applied
+from swim.train.guard import Guard, Refusal
+from swim.train.heartbeat import Heartbeat
 from swim.train.loader import Loader, Order
 from swim.train.metrics import PARTS_FILE, Metrics, append_jsonl, drop_after, peak_memory_mib, write_whole
+from swim.train.prepare import build_loader, build_order, prepare_run
+from swim.train.stop import Stopped, StopSwitch
 from swim.train.system import Progress, System, Term, build_system
 from swim.train.world import World, init_world
+
+_COLLECT_EVERY = 50  # steps
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names step, samples and remedy."""
 
 
+@dataclass
+class Run:
+    """What a step needs beside its batches."""
+
+    config: Config
+    world: World
+    system: System
+    order: Order
+    engine: Any
+    guard: Guard
+    stop: StopSwitch
+    heartbeat: Heartbeat
+
+
 def train(config: Config) -> Path:
-    """Run (or resume) the training that `config` describes on this rank and return the run folder."""
+    """Run (or resume) the training that `config` describes on this rank and return the run folder.
+
+    Stopped if it was asked to end before, TrainingError if it cannot go on.
+    """
     world = init_world()
-    folder = config.run.folder
-    _prepare(config, world)
+    folder, limits = config.run.folder, config.guard
+    prepare_run(config, world)
     if any(world.gather(world.is_main and (folder / "done.json").exists())):
         if world.is_main:
             print(f"{folder} is finished: its model is {folder / 'model'}; give run.name another value to train anew")
         world.close()
         return folder
-    system = build_system(config)
-    order = _build_order(config, system, world)
-    # Before the engine: workers are copies of this process, and would keep a second copy of what it changes.
-    with _build_loader(config, system, order, world) as loader:
-        _train(config, system, order, loader, world)
+    hours = config.run.max_hours
+    stop = StopSwitch(folder if world.is_main else None, hours and 3600 * hours)
+    heartbeat = Heartbeat(folder, world.rank, world.size, limit_s=limits.hang_s, start_limit_s=limits.start_s)
+    with stop, heartbeat:
+        system = build_system(config)
+        order = build_order(config, system, world)
+        # Before the engine: workers are copies of this process, and would keep a second copy of what it changes.
+        with build_loader(config, system, order, world) as loader:
+            engine = build_engine(config, system, order.micro_batches(world.size), world)
+            _train(Run(config, world, system, order, engine, Guard(limits), stop, heartbeat), loader)
     world.close()
     return folder
 
 
-def _train(config: Config, system: System, order: Order, loader: Loader, world: World) -> None:
-    folder = config.run.folder
-    engine = _build_engine(config, system, order.micro_batches(world.size), world)
-    start = _resume(engine, order, folder, world)
+def _train(run: Run, loader: Loader) -> None:
+    config, world, folder = run.config, run.world, run.config.run.folder
+    start = _resume(run)
     stop = min(config.run.stop_after or config.run.steps, config.run.steps)
     if world.is_main:
         # Which order and how many ranks the next steps have: what it takes to replay one of them.
-        part = {"step": start, "ranks": world.size, "plan": asdict(order.state(start))}
+        part = {"step": start, "ranks": world.size, "plan": asdict(run.order.state(start))}
         append_jsonl(folder / PARTS_FILE, [part])
     batches = loader.steps(start, stop)
+    gc.collect()
+    gc.disable()  # else each rank collects when it likes, and all wait for it
     with Metrics(folder / "metrics.jsonl" if world.is_main else None, start=start, steps=config.run.steps) as metrics:
         for step in range(start, stop):
-            values = train_step(engine, system, batches, config, Progress(step, config.run.steps), world)
+            values, problem = train_step(run, batches, Progress(step, config.run.steps))
+            asked = values.pop("stop") and step + 1 < stop
             metrics.log(step + 1, values)
+            problem = problem or (_too_many_bad(run, step) if values["holes"] else None)
             due = config.run.save_every and (step + 1) % config.run.save_every == 0
-            bad, reasons = _count_bad(folder, world) if values["holes"] else (0, "")
-            if step + 1 == stop or due or bad > config.data.max_bad:
-                save_checkpoint(engine, folder / "checkpoints", step + 1, order.state(step + 1), world)
-            if bad > config.data.max_bad:
-                raise TrainingError(
-                    f"step {step}: {bad} conversations could not be read so far, data.max_bad is "
-                    f"{config.data.max_bad}; see {folder / 'quarantine.jsonl'}, repair the shards or raise the limit, "
-                    f"then resume. Most often: {reasons}"
-                )
+            if step + 1 == stop or due or problem or asked:
+                _save(run, step + 1)
+            if problem:
+                raise TrainingError(problem)
+            if asked:
+                run.stop.clear()
+                world.barrier()  # the first rank that leaves makes the launcher end the others
+                raise Stopped(f"stopped behind step {step + 1} of {config.run.steps}, saved; start it again to go on")
+            if (step + 1) % _COLLECT_EVERY == 0:
+                gc.collect()
+    gc.enable()
     if stop == config.run.steps:
-        save_model(engine, folder / "model", system.tokenizer, config.model.path, world)
+        save_model(run.engine, folder / "model", run.system.tokenizer, config.model.path, world)
         _finish(folder, world)
 
 
-def train_step(
-    engine: Any, system: System, batches: Iterator[list[Batch]], config: Config, progress: Progress, world: World
-) -> dict[str, float]:
-    """One optimizer step over this rank's micro-batches; returns the step's numbers, the same on every rank."""
+def train_step(run: Run, batches: Iterator[list[Batch]], progress: Progress) -> tuple[dict[str, float], str | None]:
+    """One optimizer step over this rank's micro-batches: its numbers, the same on every rank, and what should end the
+    run, if anything."""
+    engine, system, world, step = run.engine, run.system, run.world, progress.step
     began = time.perf_counter()
+    run.heartbeat.phase("data", step)
     micro_batches = [batch.to(world.device) for batch in next(batches)]
     waited = time.perf_counter() - began
     own = {name: sum(batch.counts[name] for batch in micro_batches) for name in micro_batches[0].counts}
     counts = world.sum({**own, "tokens": sum(batch.num_tokens for batch in micro_batches)})
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate(config, progress.step)
+        group["lr"] = learning_rate(run.config, step)
     losses = []
     for number, batch in enumerate(micro_batches):
+        run.heartbeat.phase("forward", step)
         loss = system.loss(engine, batch, progress)
+        run.heartbeat.phase("backward", step)
         # The engine averages over ranks; the terms are divided by the whole step's counts already.
         engine.backward(combine(loss, counts) * world.size, scale_wrt_gas=False)
         losses.append({name: Term(term.sum.detach(), term.weight) for name, term in loss.items()})
         if number + 1 < len(micro_batches):
             engine.step()
+    run.heartbeat.phase("step", step)
     holes = [asdict(hole) for batch in micro_batches for hole in batch.holes]
     sums = {f"loss/{name}": sum(float(loss[name].sum) for loss in losses) for name in losses[0]}
-    sums |= {
-        "bad_loss": float(not all(map(math.isfinite, sums.values()))),
-        "holes": float(len(holes)),
-        "waited": waited,
-    }
+    sums |= {"holes": float(len(holes)), "waited": waited, "stop": float(run.stop.asked() is not None)}
     totals = world.sum({**sums, **system.after_backward()})
-    _guard(totals["bad_loss"], "loss", micro_batches, progress, config, world)
-    engine.step()
-    # Without a word DeepSpeed skips a step whose gradient is not finite; its norm is the same on every rank.
+    values = {f"loss/{name}": totals[f"loss/{name}"] / max(counts[name], 1) for name in losses[0]}
+    values["loss/total"] = sum(losses[0][name].weight * values[f"loss/{name}"] for name in losses[0])
+    refusal = run.guard.verdict(values["loss/total"])
+    with nothing_applied(engine) if refusal else nullcontext():
+        engine.step()
+    # The norm is the same on every rank; without a word DeepSpeed skips a step for which it is not finite.
     norm = float(engine.get_global_grad_norm() or 0.0)
-    _guard(not math.isfinite(norm), "gradient", micro_batches, progress, config, world)
+    if not refusal and not math.isfinite(norm):
+        refusal = Refusal("the gradient is not finite")
+    problem = _refused(run, refusal, micro_batches, values["loss/total"], step)
     if totals["holes"]:
-        _quarantine(holes, progress, config, world)
+        _write_lines(run, "quarantine.jsonl", step, holes)
 
     elapsed = time.perf_counter() - began
-    means = {name: totals[f"loss/{name}"] / max(counts[name], 1) for name in losses[0]}
-    values = {f"loss/{name}": mean for name, mean in means.items()}
-    values["loss/total"] = sum(losses[0][name].weight * mean for name, mean in means.items())
     values |= {f"count/{name}": count for name, count in counts.items()}
     values |= system.summarise({**counts, **totals}, world.size)
-    return values | {
+    values |= {
         "grad_norm": norm,
-        "lr": learning_rate(config, progress.step),
+        "lr": learning_rate(run.config, step),
         "step_s": elapsed,
         "tokens_per_s": counts["tokens"] / elapsed,
         "data_wait": totals["waited"] / world.size / elapsed,
         "peak_memory_mib": peak_memory_mib(world.device),
         "holes": totals["holes"],
+        "refused": float(refusal is not None),
+        "stop": totals["stop"],
     }
+    return values, problem
 
 
 def combine(loss: dict[str, Term], counts: dict[str, float]) -> Tensor:
@@ -151,161 +187,91 @@ def learning_rate(config: Config, step: int) -> float:
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * shape)
 
 
-def engine_config(config: Config, micro_batches: int, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration: the named file plus what this program computes (batch sizes, type, clipping,
-    rates)."""
-    fields = json.loads(engine_file(config).read_text())
-    parameters = fields.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})
-    parameters.update(lr=config.optim.lr, betas=list(config.optim.betas), weight_decay=config.optim.weight_decay)
-    return fields | {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_batches,
-        "train_batch_size": micro_batches * world_size,
-        "gradient_clipping": config.optim.clip,
-        "bf16": {"enabled": config.model.dtype == "bfloat16"},
-        "steps_per_print": 10**9,
-    }
-
-
-def _build_engine(config: Config, system: System, micro_batches: int, world: World) -> Any:
-    fields = engine_config(config, micro_batches, world.size)
-    from transformers.integrations import HfDeepSpeedConfig
-
-    # While it lives, transformers makes (and loads) every parameter partitioned; zero.Init alone breaks its
-    # initialisation.
-    partitioned = HfDeepSpeedConfig(fields)
-    model = system.build_model()
-    model.train()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=system.param_groups(model), config=fields)
-    del partitioned
-    return engine
-
-
-def _build_loader(config: Config, system: System, order: Order, world: World) -> Loader:
-    data = config.data
-    return Loader(
-        order,
-        system.collator,
-        rank=world.rank,
-        size=world.size,
-        workers=data.workers,
-        deadline_s=data.deadline_s,
-        prefetch=data.prefetch,
-        pinned=world.device.type == "cuda",
-    )
-
-
-def _build_order(config: Config, system: System, world: World) -> Order:
-    """The order of the run. The main rank is first: it counts tokens and writes plans, the others read them."""
-    order, problem, cache = None, None, config.run.folder / "plans"
-    if world.is_main:
-        try:
-            order = Order(config, system, cache=cache)
-        except (ConfigError, ShardError, PlanError) as error:
-            problem = error
-    if problem := world.gather(problem)[0]:
-        raise problem
-    order = order or Order(config, system, cache=cache, writes=False)
-    if len(set(world.gather(order.plan(0).digest))) > 1:
-        folders = [str(part.path) for part in config.data.train]
-        raise ConfigError(f"the ranks see different data in {folders}; compare the nodes")
-    return order
-
-
-def _prepare(config: Config, world: World) -> None:
-    """Run folder, resolved configuration and synthetic data if asked for: made by the main rank, awaited by all."""
-    problem = None
-    if world.is_main:
-        try:
-            _render(config)
-            _claim(config)
-        except (ConfigError, ValueError, OSError) as error:
-            problem = str(error)
-    # Told to all ranks: they would wait for a main rank that has left.
-    if problem := world.gather(problem)[0]:
-        raise ConfigError(problem)
-
-
-def _render(config: Config) -> None:
-    synth, folder = config.data.synth, config.data.train[0].path
-    if synth is None:
-        return
-    recipe, wanted = folder / "synth.json", json.dumps(synth.model_dump())
-    if any(folder.glob("*.tar")):
-        found = recipe.read_text() if recipe.exists() else "other data"
-        if found != wanted:
-            raise ConfigError(
-                f"data.synth asks for {wanted}, but {folder} holds {found}; remove that folder, or set data.synth=null"
-            )
-        return
-    print(f"rendering {synth.clips} clips into {folder}", flush=True)
-    synthesise(folder, clips=synth.clips, seed=synth.seed, size=synth.size)
-    recipe.write_text(wanted)
-
-
-def _claim(config: Config) -> None:
-    folder = config.run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = config.model_dump(mode="json")
-    saved = folder / "config.yaml"
-    if saved.exists() and _identity(yaml.safe_load(saved.read_text())) != _identity(resolved):
-        raise ConfigError(
-            f"{folder} holds a run with another configuration; give run.name another value or remove the folder"
+def _refused(run: Run, refusal: Refusal | None, batches: list[Batch], loss: float, step: int) -> str | None:
+    """Note the step; if it was refused, write whose it was, and say what should end the run, if anything."""
+    applied = run.engine.was_step_applied()
+    if applied != (refusal is None):
+        did = "applied" if applied else "skipped"
+        raise TrainingError(f"step {step}: the engine {did} it, the guard says {refusal}; report this")
+    run.guard.note(loss, applied=applied)
+    if refusal is None:
+        return None
+    ids = [name for batch in batches for name in batch.ids]
+    _write_lines(run, "refused.jsonl", step, [{"reason": refusal.reason, "ids": ids}])
+    if run.world.is_main:
+        print(f"step {step}: {refusal.reason}; nothing was updated, its samples are in refused.jsonl", flush=True)
+    policy = run.config.guard.spike
+    if refusal.spike and policy == "rewind":
+        return _rewind(run, step)
+    if (refusal.spike and policy == "stop") or run.guard.refused >= run.config.guard.max_refused:
+        return (
+            f"step {step}: {refusal.reason}; {run.guard.refused} steps in a row changed nothing (guard.max_refused "
+            f"{run.config.guard.max_refused}, guard.spike {policy}). Look at the samples in "
+            f"{run.config.run.folder / 'refused.jsonl'}, lower optim.lr ({run.config.optim.lr}); a resumed run passes "
+            "over these steps"
         )
-    write_whole(saved, yaml.safe_dump(resolved, sort_keys=False))
+    return None
 
 
-def _count_bad(folder: Path, world: World) -> tuple[int, str]:
-    """Conversations in the quarantine, and its most frequent reasons; the same on every rank."""
-    found = (0, "")
-    if world.is_main:
-        lines = map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines())
-        reasons = {line["id"]: line["reason"] for line in lines}
-        often = Counter(re.sub(r"\d+", "N", reason) for reason in reasons.values()).most_common(3)
-        found = len(reasons), "; ".join(f"{count} x {reason[:200]!r}" for reason, count in often)
-    return world.gather(found)[0]
+def _rewind(run: Run, step: int) -> str | None:
+    """Take back weights and optimizer of the last checkpoint; the order goes on behind this step."""
+    path = _latest(run)
+    if path is None:
+        return f"step {step}: guard.spike is rewind, but no checkpoint was saved yet; set run.save_every"
+    load_checkpoint(run.engine, path, run.world)
+    if run.world.is_main:
+        print(f"step {step}: back to the weights of {path}; the steps since are passed over", flush=True)
+    return None
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    # What may change between the parts of one run: when it saves, logs and stops, how it is launched and loaded.
-    run = {k: v for k, v in config["run"].items() if k not in ("save_every", "stop_after", "output", "name")}
-    data = {
-        k: v
-        for k, v in config["data"].items()
-        if k not in ("workers", "deadline_s", "prefetch", "max_bad", "train", "synth")
-    }
-    return {**config, "run": run, "data": data, "launch": None}
+def _save(run: Run, step: int) -> None:
+    run.heartbeat.phase("save", step)
+    folder = run.config.run.folder / "checkpoints"
+    save_checkpoint(run.engine, folder, step, run.order.state(step), run.world, guard=run.guard.state)
 
 
-def _resume(engine: Any, order: Order, folder: Path, world: World) -> int:
-    path = world.gather(latest_checkpoint(folder / "checkpoints") if world.is_main else None)[0]
-    step = order.resume(load_checkpoint(engine, path, world)) if path is not None else 0
-    if world.is_main:
+def _latest(run: Run) -> Path | None:
+    folder = run.config.run.folder / "checkpoints"
+    return run.world.gather(latest_checkpoint(folder) if run.world.is_main else None)[0]
+
+
+def _resume(run: Run) -> int:
+    folder, path, step = run.config.run.folder, _latest(run), 0
+    if path is not None:
+        state, losses = load_checkpoint(run.engine, path, run.world)
+        step, run.guard = run.order.resume(state), Guard(run.config.guard, losses)
+    if run.world.is_main:
         # metrics count steps from 1, the others from 0
         drop_after(folder / "metrics.jsonl", step)
-        drop_after(folder / "quarantine.jsonl", step - 1)
-        drop_after(folder / PARTS_FILE, step - 1)
+        for name in ("quarantine.jsonl", "refused.jsonl", PARTS_FILE):
+            drop_after(folder / name, step - 1)
         if path is not None:
             print(f"resuming from {path} at step {step}", flush=True)
-    world.barrier()
+    run.world.barrier()
     return step
 
 
-def _guard(bad: float, what: str, batches: list[Batch], progress: Progress, config: Config, world: World) -> None:
-    if not bad:
-        return
-    ids = [name for batch in batches for name in batch.ids]
-    found = [name for names in world.gather(ids) for name in names]
-    raise TrainingError(
-        f"step {progress.step}: the {what} is not finite; samples of the step: {', '.join(found)}. Nothing was "
-        f"updated; lower optim.lr ({config.optim.lr}), look at these samples, or resume from the last checkpoint"
-    )
+def _too_many_bad(run: Run, step: int) -> str | None:
+    """What to say, on every rank, once more conversations are in the quarantine than may be."""
+    path, most = run.config.run.folder / "quarantine.jsonl", run.config.data.max_bad
+    problem = None
+    if run.world.is_main:
+        lines = map(json.loads, path.read_text().splitlines())
+        reasons = {line["id"]: line["reason"] for line in lines}
+        if len(reasons) > most:
+            often = Counter(re.sub(r"\d+", "N", reason) for reason in reasons.values()).most_common(3)
+            problem = (
+                f"step {step}: {len(reasons)} conversations could not be read so far, data.max_bad is {most}; see "
+                f"{path}, repair the shards or raise the limit, then resume. Most often: "
+                + "; ".join(f"{count} x {reason[:200]!r}" for reason, count in often)
+            )
+    return run.world.gather(problem)[0]
 
 
-def _quarantine(holes: list[dict[str, Any]], progress: Progress, config: Config, world: World) -> None:
-    lines = [{"step": progress.step, **hole} for of_rank in world.gather(holes) for hole in of_rank]
-    if world.is_main:
-        append_jsonl(config.run.folder / "quarantine.jsonl", lines)
+def _write_lines(run: Run, name: str, step: int, own: list[dict[str, Any]]) -> None:
+    lines = [{"step": step, **line} for of_rank in run.world.gather(own) for line in of_rank]
+    if run.world.is_main:
+        append_jsonl(run.config.run.folder / name, lines)
 
 
 def _finish(folder: Path, world: World) -> None:

@@ -1,6 +1,7 @@
 """What a run says: metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
 
 import json
+import math
 import os
 import resource
 import sys
@@ -102,5 +103,6 @@ def drop_after(path: Path, step: int) -> None:
     write_whole(path, "".join(kept))
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.9g}")
+def _short(value: float) -> float | None:
+    # JSON has no NaN and no infinity.
+    return float(f"{value:.9g}") if math.isfinite(value) else None

@@ -45,7 +45,7 @@ class Replay:
     step: int
     num_ranks: int
     position: PlanState
-    logged: dict[str, float] | None
+    logged: dict[str, float | None] | None
     quarantined: list[dict[str, Any]]
     micro_batches: list[MicroBatch]
     shards: list[ShardSet]
@@ -137,7 +137,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _differences(
-    logged: dict[str, float], quarantined: Sequence[dict[str, Any]], micro_batches: Sequence[MicroBatch]
+    logged: dict[str, float | None], quarantined: Sequence[dict[str, Any]], micro_batches: Sequence[MicroBatch]
 ) -> list[str]:
     """How the batches differ from what the run has noted of them; the plan's digest does not cover bytes of videos."""
     counts: Counter[str] = Counter()
@@ -188,7 +188,8 @@ def replay_report(found: Replay) -> str:
         f"step {told['step']} of {found.config.run.steps:,}: step {told['step_in_epoch']} of epoch {told['epoch']}, "
         f"plan {told['plan'][:12]}, {told['ranks']} ranks"
     ]
-    shown = (f"{name} {value:.6g}" for name, value in (told["logged"] or {}).items() if name != "step")
+    logged = {name: value for name, value in (told["logged"] or {}).items() if name != "step"}
+    shown = (f"{name} {'not finite' if value is None else f'{value:.6g}'}" for name, value in logged.items())
     lines.append("logged: " + ("  ".join(shown) or "nothing, the run did not finish this step"))
     for one in told["micro_batches"]:
         kind = "a dummy pack" if one["dummy"] else f"{len(one['samples'])} clips"

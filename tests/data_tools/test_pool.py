@@ -206,7 +206,7 @@ def test_leaving_early_ends_the_workers():
         results = pool.map(((n,) for n in range(1000)), ahead=10)
         pids = {next(results) for _ in range(20)}
         results.close()
-        assert list(pool.map([(1,)], ahead=1))[0] not in pids
+        assert next(iter(pool.map([(1,)], ahead=1))) not in pids
     wait_for_end(pids)
 
 

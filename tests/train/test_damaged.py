@@ -136,7 +136,8 @@ def hostile_decoder(monkeypatch):
     monkeypatch.setattr("swim.train.systems.swim.data.decode_frames", hostile)
 
 
-def test_a_thousand_damaged_samples_cost_a_thousand_samples(folders, hostile_decoder):
+@pytest.mark.usefixtures("hostile_decoder")
+def test_a_thousand_damaged_samples_cost_a_thousand_samples(folders):
     assert sum(count for count, _ in KINDS.values()) == 1000
     whole, damaged = folders
     options = ("data.tasks=null", "data.max_conversations=1", "data.clips_per_pack=4", "data.num_frames=2")
