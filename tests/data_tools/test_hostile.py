@@ -6,10 +6,8 @@ import os
 import pickle
 import resource
 import shutil
-import signal
 import struct
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,19 +108,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.fixture
-def time_limit() -> Any:
-    def stop(*_: object) -> None:
-        raise AssertionError("no end in 20 s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.usefixtures("time_limit")
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", REFUSED)
 def test_strange_tars_are_refused_with_a_reason(tmp_path: Path, name: str) -> None:
     make, said = REFUSED[name]
@@ -138,7 +124,7 @@ def test_strange_tars_are_refused_with_a_reason(tmp_path: Path, name: str) -> No
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 500 << 10, "KiB"
 
 
-@pytest.mark.usefixtures("time_limit")
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "headers", [{"comment": "x" * 100_000}, {"mtime": "1e30"}, {"path": "k.json"}, {"SCHILY.xattr.user.x": "\udcff"}]
 )
@@ -230,6 +216,7 @@ def test_pickles_are_never_loaded(synth_folder: Path, tmp_path: Path, suffix: st
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_a_million_tiny_members_take_bounded_time_and_memory(tmp_path: Path) -> None:
     header = bytearray(_member("k.0000000")[0].tobuf(tarfile.USTAR_FORMAT))
     blocks = []
@@ -243,13 +230,12 @@ def test_a_million_tiny_members_take_bounded_time_and_memory(tmp_path: Path) -> 
         info, data = JSON
         file.write(info.tobuf() + data.ljust(-(-len(data) // 512) * 512, b"\0") + bytes(1024))
     del blocks
-    began = time.perf_counter()
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused = _swim("index", tmp_path)
     assert refused.exit_code == 2
     assert "media: member 'mp4' is not in the tar" in refused.stderr
     assert len(refused.stderr) < 1000, "a message, not a million names"
-    print(f"{time.perf_counter() - began:.0f} s")
-    assert time.perf_counter() - began < 240
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2 << 20, "KiB"
 
 
 def test_the_writer_has_no_way_to_write_what_it_refuses(tmp_path: Path) -> None:
