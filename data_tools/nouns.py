@@ -73,12 +73,13 @@ ADJECTIVES = _words(
 )
 # Their forms end a phrase that has a noun; before one they are nouns or adjectives ("a jump rope", "glasses").
 _VERBS = _words(
-    """stand sit walk run move hold wear play lie jump ride look turn swim fly drive eat drink climb throw catch kick hit
-    push pull carry lift drop roll spin slide swing hang rest lean wave smile talk speak sing dance cook cut open close
+    """stand sit walk run move hold wear play lie jump ride look turn swim fly drive eat drink climb throw catch kick
+    hit push pull carry lift drop roll spin slide swing hang rest lean wave smile talk speak sing dance cook cut open
+    close
     pick put place touch point reach raise lower appear disappear enter leave approach pass cross follow chase bite lick
     sniff bark sleep wake stay remain seem become begin start continue stop fall rise float sail race work read write
     show hand wash clean brush shake bend kneel crouch step gesture stare watch gaze wait drift travel head go come get
-    take make give keep let say tell use try need want feel see hear know think grab grip pour stir dig bounce glide graze"""
+    take make give keep let say tell use try need want feel see hear know think grab grip pour stir dig bounce glide"""
 )
 _PAST = _words(
     """stood sat ran held wore lay lain rode swam flew drove ate drank threw caught hit cut put spoke sang slept woke
@@ -140,7 +141,7 @@ def first_phrase(text: str, longer: bool = False) -> NounPhrase:
     for pattern in (_PLACE, _PLACE, _LEAD):
         match = pattern.match(sentence, start)
         start = match.end() if match else start
-    tokens = [match for match in _TOKEN.finditer(sentence, start)]
+    tokens = list(_TOKEN.finditer(sentence, start))
     if not tokens:
         raise NoNounError("it has no words")
     chunk = _Chunk([match.group().replace("’", "'") for match in tokens])
@@ -267,7 +268,7 @@ class _Chunk:
             return None if noun_before else "modifier"
         if not self._open(word):
             return None
-        if word.endswith("'s") or word.endswith("s'") or word.isdecimal():
+        if word.endswith("'s") or word.isdecimal():
             return "modifier"
         if word in _ALSO_NOUNS and (noun_before or not self._open(after)):
             return "noun"
