@@ -249,7 +249,7 @@ class _Chunk:
 
     def _links(self, at: int) -> bool:
         word = self.lower[at]
-        return word in PREPOSITIONS or word.endswith(("ing", "ed")) or word in _PAST
+        return word in PREPOSITIONS or word in ("front", "next") or word.endswith(("ing", "ed")) or word in _PAST
 
     def _next(self, at: int) -> str | None:
         return self.lower[at + 1] if at + 1 < len(self.lower) else None
