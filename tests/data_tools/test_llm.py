@@ -167,6 +167,7 @@ def test_an_invalid_reply_is_asked_for_once_more_and_kept_aside(name: str, tmp_p
         assert ask(asking) == "cup"
         again = stub.asked[1]["messages"][-1]["content"]
         assert again.startswith("That was not valid: ")
+        assert ask(asking) == "cup", "what is kept aside is not taken for the reply"
         with pytest.raises(ReplyError) as caught:
             ask(asking, "another ?")
         assert problem in str(caught.value)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from processes import ROOT, environment
 from stub_llm import MODEL, Answer, Stub, completion, serve
@@ -19,11 +21,13 @@ from typer.testing import CliRunner, Result
 
 from swim.data_tools import refer as engine
 from swim.data_tools.cli import app
-from swim.data_tools.expressions import RuleWriter
+from swim.data_tools.expressions import LlmWriter, RuleWriter
+from swim.data_tools.llm import Client, LlmError
 from swim.data_tools.nouns import find_chunker
 from swim.data_tools.records import Conversation, Record, parse_sample
 from swim.data_tools.refer import leakage, rewrite
 from swim.data_tools.shards import ShardSet, ShardWriter
+from swim.data_tools.video import encode_video
 
 RULES = RuleWriter(*find_chunker("built-in"))
 KEY = "sk-verySecret-123"
@@ -315,12 +319,13 @@ def test_a_model_rewrites_a_folder_and_is_asked_once(folder: Path, tmp_path: Pat
     assert "13 requests" in result.stdout
     assert _prompts(out) == [f"Describe the {name}." for name in NAMES]
     assert len(stub.asked) == NUM_CLIPS
-    before = _bytes(out)
+    before, times = _bytes(out), [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))]
     assert "0 requests" in _llm(stub, folder, out).stdout
     elsewhere = _llm(stub, folder, tmp_path / "b", "--max-leak", 0.9, "--llm-cache", out / "replies.sqlite")
     assert "0 requests" in elsewhere.stdout
     assert len(stub.bodies) == NUM_CLIPS + 1
     assert _bytes(out) == before
+    assert [path.stat().st_mtime_ns for path in sorted(out.glob("*.tar"))] == times, "finished shards stay as they are"
     assert _prompts(tmp_path / "b") == _prompts(out)
 
 
@@ -357,6 +362,7 @@ BAD = {
         "head 'cat' is not a word of the expression",
     ),
     "half a word as head": ('{"expression": "the dogs", "head": "dog"}', "head 'dog' is not a word of the expression"),
+    "the end of a word as head": ('{"expression": "the hotdog", "head": "dog"}', "head 'dog' is not a word of the"),
     "no article": ('{"expression": "dog", "head": "dog"}', "expression is not one phrase of 'the' and at most 80"),
     "a sentence": ('{"expression": "the dog.", "head": "dog"}', "expression is not one phrase"),
     "a placeholder": ('{"expression": "the <target>", "head": "target"}', "expression is not one phrase"),
@@ -529,6 +535,23 @@ def test_what_cannot_work_is_one_message(
     assert not (tmp_path / "o").exists() or flags[-2] == "--llm-param"
 
 
+def test_nobody_waits_for_an_endpoint_that_is_given_up(folder: Path, tmp_path: Path, stub: Stub) -> None:
+    def answer(body: dict[str, Any]) -> Answer:
+        if "A dog" in body["messages"][1]["content"]:
+            while len(stub.asked) < 2:
+                time.sleep(0.01)
+            time.sleep(0.2)
+            return 401, {}, "the key has expired"
+        return 500, {}, ""
+
+    stub.answer = answer
+    client = Client(stub.url, MODEL, cache=tmp_path / "replies.sqlite", backoff_s=1000)
+    start = time.monotonic()
+    with pytest.raises(LlmError, match="the key has expired"):
+        list(engine.rewritten(ShardSet(folder), range(3), LlmWriter(client, jobs=3)))
+    assert time.monotonic() - start < 30, "the others waited for their next attempts"
+
+
 def test_loose_videos_become_members(folder: Path, tmp_path: Path) -> None:
     video = ShardSet(folder).read(0)
     loose = [video.record.media[0].model_copy(update={"member": None, "path": "clip.MP4"}).model_dump()]
@@ -538,3 +561,15 @@ def test_loose_videos_become_members(folder: Path, tmp_path: Path) -> None:
     assert _run(tmp_path / "loose", "--out", tmp_path / "out").exit_code == 0
     sample = ShardSet(tmp_path / "out").read("a")
     assert (sample.record.media[0].member, sample.media()) == ("0.mp4", video.media())
+
+
+def test_the_output_of_the_data_page_is_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    (block,) = re.findall(r"```\n(\$ swim data convert videorefer.*?)```", page, re.DOTALL)
+    for path in (Path(__file__).parent / "fixtures").glob("videorefer*"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "clip.mp4").write_bytes(encode_video(np.full((48, 32, 48, 3), 90, np.uint8), 24))
+    monkeypatch.chdir(tmp_path)
+    for command, output in re.findall(r"\$ swim data (.*)\n((?:[^$].*\n)+)", block):
+        result = CliRunner().invoke(app, command.split())
+        assert (result.exit_code, result.stdout) == (0, output), command
