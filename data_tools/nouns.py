@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 VERSION = 1  # of the built-in rules
+MAX_CHARS = 1000  # of a caption that are read
 
 
 class NoNounError(ValueError):
@@ -136,7 +137,7 @@ def content_words(text: str) -> set[str]:
 def first_phrase(text: str, longer: bool = False) -> NounPhrase:
     """The noun phrase that the first sentence of a caption, or a label, begins with, by the built-in rules; with what
     follows it up to the next noun if `longer`. NoNounError says what could not be decided."""
-    sentence = _SENTENCE_END.split(text.strip(), maxsplit=1)[0]
+    sentence = _SENTENCE_END.split(text.strip()[:MAX_CHARS], maxsplit=1)[0]
     start = 0
     for pattern in (_PLACE, _PLACE, _LEAD):
         match = pattern.match(sentence, start)

@@ -135,7 +135,8 @@ def rewrite(key: str, record: Record, writer: Writer, *, withhold_answer: bool =
     the conversation it writes for; one with more than `max_leak` leakage is left out.
     """
     conversations: list[Conversation] = []
-    outcome = Outcome(key, None, [], [])
+    report: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
     nouns: dict[str, str] = {}
     unchanged = 0
     for number, conversation in enumerate(record.conversations):
@@ -151,10 +152,10 @@ def rewrite(key: str, record: Record, writer: Writer, *, withhold_answer: bool =
             if leak > max_leak:
                 raise _Skip(f"{leak:.2f} of the answer's words are in the prompt, the limit is {max_leak:g}")
         except _Skip as error:
-            outcome.skipped.append({**line, "reason": str(error)})
+            skipped.append({**line, "reason": str(error)})
             continue
         said = {name: expression.model_dump() for name, expression in names.items()}
-        outcome.report.append({**line, "expressions": said, "leak": round(leak, 4), "leak_before": round(before, 4)})
+        report.append({**line, "expressions": said, "leak": round(leak, 4), "leak_before": round(before, 4)})
         conversations.append(new)
         nouns = {name: expression.head for name, expression in names.items()} | nouns
     new_record = None
@@ -165,10 +166,10 @@ def rewrite(key: str, record: Record, writer: Writer, *, withhold_answer: bool =
             else thing
             for thing in record.objects
         ]
-        source = record.source + (SOURCE_SUFFIX if outcome.report else "")
+        source = record.source + (SOURCE_SUFFIX if report else "")
         update = {"source": source, "objects": objects, "conversations": conversations}
         new_record = record.model_copy(update=update)
-    return Outcome(key, new_record, outcome.report, outcome.skipped, unchanged)
+    return Outcome(key, new_record, report, skipped, unchanged)
 
 
 def subjects(record: Record, number: int, *, withhold_answer: bool = False) -> dict[str, Subject]:
@@ -256,13 +257,13 @@ def _replace(turn: Turn, names: dict[str, Expression]) -> Turn:
     places, position = _placeholders(turn), 0
     for place in places:
         start = place.start
-        article = _ARTICLE.search(turn.text, position, start)
+        article = _ARTICLE.search(turn.text, max(position, start - 20), start)
         if article:  # 'the object 1': the expression has its own
             start = article.start()
         text += turn.text[position:start]
         expression = names[place.object_ids[0]]
         said = expression.expression
-        if _SENTENCE_START.search(turn.text, 0, start):
+        if _SENTENCE_START.search(turn.text, max(0, start - 20), start):
             said = said[0].upper() + said[1:]
         head = (len(text) + expression.span[0], len(text) + expression.span[1])
         end = len(text) + len(said)
