@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -16,12 +17,16 @@ from rich.table import Table
 
 from swim.data_tools.checks import KINDS
 from swim.data_tools.convert import SKIPPED_FILE, convert
+from swim.data_tools.expressions import LlmWriter, RuleWriter, Writer
+from swim.data_tools.llm import Client
+from swim.data_tools.nouns import find_chunker
 from swim.data_tools.records import record_schema
+from swim.data_tools.refer import ABOUT_FILE, REPORT_FILE, Preview, Summary, preview, refer
 from swim.data_tools.shards import BadSample, ShardError, ShardSet, index_shard
 from swim.data_tools.sources import conversations, jsonl, llava_video, nl_refer, sav, videorefer
 from swim.data_tools.stats import QUANTILES, shard_stats
 from swim.data_tools.synth import synthesise
-from swim.data_tools.validate import Options, Summary, summarise, validate, write_report
+from swim.data_tools.validate import Options, Report, summarise, validate, write_report
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Make, convert, index, check and show shards.")
 
@@ -111,6 +116,92 @@ def convert_command(
         raise typer.Exit(1)
 
 
+@app.command(name="refer")
+@one_message
+def refer_command(
+    folder: Folder,
+    out: Annotated[Path | None, typer.Option(help="Folder for the new shards.")] = None,
+    llm_url: Annotated[
+        str | None, typer.Option(help="OpenAI-compatible endpoint, e.g. http://localhost:8000/v1; else rules write.")
+    ] = None,
+    llm_model: Annotated[str | None, typer.Option(help="Name of the model there.")] = None,
+    llm_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable that holds the endpoint's key.")
+    ] = None,
+    llm_param: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=JSON", help="Parameter of every request; null leaves one out.")
+    ] = None,
+    llm_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may be silent.")] = 60,
+    llm_attempts: Annotated[int, typer.Option(min=1, help="Attempts of a request before it counts as failed.")] = 6,
+    llm_cache: Annotated[
+        Path | None, typer.Option(help="SQLite file of all replies; by default OUT/replies.sqlite.")
+    ] = None,
+    chunker: Annotated[str, typer.Option(help="Of the rules: auto, spacy, built-in.")] = "auto",
+    withhold_answer: Annotated[
+        bool, typer.Option("--withhold-answer", help="Do not show the answer to whoever writes.")
+    ] = False,
+    max_leak: Annotated[
+        float, typer.Option(min=0, max=1, help="Leave out what has more of the answer's words in the prompt.")
+    ] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Clips whose requests run at a time.")] = 8,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Ask and write nothing; say what would be.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if anything was skipped.")] = False,
+) -> None:
+    """Replace every "object N" by a referring expression and mark its noun; run it again after a stop, it goes on."""
+    if out is None and not dry_run:
+        raise ValueError("--out is missing: name a folder for the new shards, or give --dry-run")
+    writer: Writer
+    if llm_url is None:
+        writer = RuleWriter(*find_chunker(chunker))
+    else:
+        if llm_model is None:
+            raise ValueError("--llm-model is missing: name a model that the endpoint serves")
+        own = (out or Path()) / "replies.sqlite"
+        cache = llm_cache or (own if out is not None and (own.is_file() or not dry_run) else ":memory:")
+        params, key = _llm_params(llm_param or []), _llm_key(llm_key_env)
+        writer = LlmWriter(
+            Client(
+                llm_url,
+                llm_model,
+                cache=cache,
+                key=key,
+                params=params,
+                timeout_s=llm_timeout,
+                attempts=llm_attempts,
+            ),
+            jobs=jobs,
+        )
+    shards = ShardSet(folder)
+    print("written by", ", ".join(f"{name} {value}" for name, value in writer.about.items()))
+    if dry_run:
+        _print_preview(preview(shards, writer, withhold_answer=withhold_answer), writer)
+        return
+    assert out is not None
+    summary = refer(shards, out, writer, withhold_answer=withhold_answer, max_leak=max_leak)
+    _print_refer(summary, out)
+    if isinstance(writer, LlmWriter):
+        print(f"{writer.client.num_calls} requests")
+    if not summary.rewritten or (strict and summary.skipped):
+        raise typer.Exit(1)
+
+
+def _llm_params(given: list[str]) -> dict[str, Any]:
+    params = {}
+    for item in given:
+        name, equals, value = item.partition("=")
+        try:
+            params[name] = json.loads(value if equals else "")
+        except ValueError:
+            raise ValueError(f"--llm-param {item!r} is not NAME=JSON, e.g. temperature=0.2") from None
+    return params
+
+
+def _llm_key(variable: str | None) -> str | None:
+    if variable is not None and not os.environ.get(variable):
+        raise ValueError(f"--llm-key-env {variable!r}: no such variable is set; export it")
+    return os.environ[variable].strip() if variable is not None else None
+
+
 @app.command()
 @one_message
 def index(folder: Folder) -> None:
@@ -143,7 +234,7 @@ def validate_command(
     found = validate(sets["folders"], sets["against"], options=options, jobs=jobs)
     results = progress(found, "validating", total=total + 1)
     summary = write_report(report, results, sets) if report is not None else summarise(results)
-    _print_summary(summary)
+    _print_report(summary)
     if summary.errors or (strict and summary.warnings):
         raise typer.Exit(1)
 
@@ -197,6 +288,39 @@ def schema() -> None:
     print(record_schema(), end="")
 
 
+def _print_refer(summary: Summary, out: Path) -> None:
+    counts = f"{summary.rewritten} conversations rewritten, {summary.unchanged} without a placeholder kept as they are"
+    print(f"{counts}, {summary.skipped} skipped; {summary.clips} clips in {out}")
+    for reason, count in summary.reasons.most_common(10):
+        print(f"  {count} x {repr(reason)[1:-1]}")
+    leakage = summary.leakage
+    if leakage:
+        print(
+            f"answer words in the prompt: mean {leakage['mean']:.1%} (with placeholders {leakage['mean_before']:.1%}), "
+            f"95th percentile {leakage['p95']:.1%}"
+        )
+        for i, count in enumerate(leakage["histogram"]):
+            if count:
+                bar = "#" * max(1, round(40 * count / summary.rewritten))
+                print(f"  {10 * i:3d} to {10 * i + 10:3d} %  {count:6d}  {bar}")
+    print(f"each expression: {out / REPORT_FILE}; how they were made: {out / ABOUT_FILE}")
+    if summary.skipped:
+        print(f"reasons: {out / SKIPPED_FILE}")
+
+
+def _print_preview(found: Preview, writer: Writer) -> None:
+    print(f"{found.objects} expressions in {found.conversations} conversations of {found.clips} clips")
+    if isinstance(writer, LlmWriter):
+        tokens = found.num_chars // 4  # about four characters of English a token
+        asked = found.objects - found.cached
+        print(f"{found.cached} replies are kept, {asked} requests to make, about {tokens} tokens of prompts")
+        print("more where a reply is not valid, or two objects get one name")
+    for text in found.samples:
+        print("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
+    for bad in found.bad:
+        print(repr(bad)[1:-1])
+
+
 def _print_stats(found: dict[str, Any]) -> None:
     # No markup: brackets in names from data are text.
     console = Console(markup=False, emoji=False, highlight=False)
@@ -217,7 +341,7 @@ def _print_stats(found: dict[str, Any]) -> None:
         print(problem)
 
 
-def _print_summary(summary: Summary) -> None:
+def _print_report(summary: Report) -> None:
     for kind, count in sorted(summary.counts.items(), key=lambda item: (KINDS[item[0]].level, -item[1])):
         print(f"{KINDS[kind].level} {kind}: {count:,}")
         for finding in summary.examples[kind]:

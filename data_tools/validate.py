@@ -75,7 +75,7 @@ class Result:
 
 
 @dataclass
-class Summary:
+class Report:
     """Number of samples, of those with errors, of findings by kind, of mask frames by state, and a few findings of each
     kind."""
 
@@ -345,9 +345,9 @@ class _Twins:
         )
 
 
-def summarise(results: Iterable[Result], file: TextIO | None = None) -> Summary:
+def summarise(results: Iterable[Result], file: TextIO | None = None) -> Report:
     """Counts of all results; the findings go to `file` as the items of a JSON list, and only a few are kept."""
-    summary = Summary()
+    summary = Report()
     for result in results:
         summary.samples += bool(result.key)
         summary.masks.update(result.masks)
@@ -361,7 +361,7 @@ def summarise(results: Iterable[Result], file: TextIO | None = None) -> Summary:
     return summary
 
 
-def write_report(path: Path, results: Iterable[Result], folders: Mapping[str, Sequence[ShardSet]]) -> Summary:
+def write_report(path: Path, results: Iterable[Result], folders: Mapping[str, Sequence[ShardSet]]) -> Report:
     """Write results as JSON, whole or not at all, one finding a line; `folders` are the sets by what they were for."""
     hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
