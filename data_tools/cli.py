@@ -15,10 +15,12 @@ from rich.progress import track
 from rich.table import Table
 
 from swim.data_tools.convert import SKIPPED_FILE, convert
+from swim.data_tools.loose import index_jsonl, jsonl_files
 from swim.data_tools.records import record_schema
 from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, index_shard
 from swim.data_tools.sources import conversations, jsonl, llava_video, nl_refer, sav, videorefer
 from swim.data_tools.stats import QUANTILES, shard_stats
+from swim.data_tools.storage import write_manifest
 from swim.data_tools.synth import synthesise
 from swim.data_tools.video import VideoError, decode_frames, probe
 
@@ -28,7 +30,7 @@ SOURCES = {
     module.SOURCE.name: module.SOURCE for module in (nl_refer, videorefer, sav, llava_video, conversations, jsonl)
 }
 _T = TypeVar("_T")
-Folder = Annotated[Path, typer.Argument(help="Folder of shards.")]
+Folder = Annotated[str, typer.Argument(help="Folder of shards or JSONL files, a JSONL file, or a URL.")]
 
 
 def one_message(command: Callable[..., None]) -> Callable[..., None]:
@@ -112,13 +114,20 @@ def convert_command(
 
 @app.command()
 @one_message
-def index(folder: Folder) -> None:
-    """Write the index of every tar in a folder anew."""
-    paths = sorted(folder.glob("*.tar"))
+def index(
+    folder: Annotated[Path, typer.Argument(help="Folder of shards or JSONL files, or a JSONL file.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Threads that look at loose videos.")] = 4,
+) -> None:
+    """Write the index of every tar, or else of every JSONL file, anew, and the manifest that web servers need."""
+    paths, make = sorted(folder.glob("*.tar")), index_shard
     if not paths:
-        raise ShardError(f"{folder}: no *.tar found; give a folder of shards")
-    for path in progress(paths, "indexing"):
-        print(index_shard(path))
+        paths = [folder] if folder.is_file() else jsonl_files(folder)
+        make = functools.partial(index_jsonl, jobs=jobs)
+    if not paths:
+        raise ShardError(f"{folder}: no *.tar and no *.jsonl found; give a folder of shards or records")
+    for path in progress(paths, "indexing") if make is index_shard else paths:
+        print(make(path))
+    print(write_manifest(paths[0].parent))
 
 
 @app.command()

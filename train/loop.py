@@ -182,7 +182,7 @@ def _build_order(config: Config, system: System, world: World) -> Order:
         raise problem
     order = order or Order(config, system, cache=cache, writes=False)
     if len(set(world.gather(order.plan(0).digest))) > 1:
-        folders = [str(part.path) for part in config.data.train]
+        folders = [part.path for part in config.data.train]
         raise ConfigError(f"the ranks see different data in {folders}; compare the nodes")
     return order
 
@@ -202,9 +202,11 @@ def _prepare(config: Config, world: World) -> None:
 
 
 def _render(config: Config) -> None:
-    synth, folder = config.data.synth, config.data.train[0].path
+    synth, folder = config.data.synth, Path(config.data.train[0].path)
     if synth is None:
         return
+    if "://" in config.data.train[0].path or folder.suffix == ".jsonl":
+        raise ConfigError(f"data.synth cannot render into {config.data.train[0].path}; set data.synth=null")
     recipe, wanted = folder / "synth.json", json.dumps(synth.model_dump())
     if any(folder.glob("*.tar")):
         found = recipe.read_text() if recipe.exists() else "other data"
@@ -240,7 +242,8 @@ def _count_bad(folder: Path, world: World) -> int:
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     # What may change between the parts of one run: when it saves, logs and stops, how it is launched and loaded.
     run = {k: v for k, v in config["run"].items() if k not in ("save_every", "stop_after", "output", "name")}
-    data = {k: v for k, v in config["data"].items() if k not in ("workers", "max_bad", "train", "synth")}
+    free = {"workers", "max_bad", "train", "synth", "cache", "cache_gib"}
+    data = {k: v for k, v in config["data"].items() if k not in free}
     return {**config, "run": run, "data": data, "launch": None}
 
 

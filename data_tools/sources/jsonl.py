@@ -12,9 +12,8 @@ Licence: what the line or --license says.
 
 from typing import Any
 
-from swim.data_tools.convert import Part, Source
 from swim.data_tools.rows import Row
-from swim.data_tools.sources.forms import compressed, video_name
+from swim.data_tools.sources.forms import Part, Source, compressed, video_name
 from swim.data_tools.video import VideoInfo
 
 FIELDS = ("conversations", "key", "license", "masks", "media", "objects", "source", "version", "video")
