@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loose_files import write_loose
 from typer.testing import CliRunner
 
 from swim.data_tools import loose
@@ -24,22 +25,6 @@ from swim.data_tools.shards import BadSample, ShardError, ShardSet
 from swim.data_tools.sources import jsonl
 
 RUN = CliRunner()
-
-
-def write_loose(folder: Path, shards: ShardSet, **changes: Any) -> Path:
-    """The samples of `shards` as `mine.jsonl` with videos in `clips/`."""
-    (folder / "clips").mkdir(parents=True)
-    lines = []
-    for number in range(len(shards)):
-        sample = shards.read(number)
-        (folder / "clips" / f"{sample.key}.mp4").write_bytes(sample.media())
-        record = sample.record.model_dump(mode="json")
-        masks = {name: {i: rle and rle.model_dump() for i, rle in f.items()} for name, f in sample.masks.items()}
-        line = {name: record[name] for name in ("source", "license", "objects", "conversations")}
-        lines.append({"key": sample.key, "video": f"clips/{sample.key}.mp4", "masks": masks} | line | changes)
-    path = folder / "mine.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 @pytest.fixture
