@@ -28,7 +28,7 @@ from swim.data_tools.index import (
 )
 from swim.data_tools.loose import LINE, fresh_index, jsonl_files, line_values
 from swim.data_tools.records import Masks, Record, RecordError, parse_sample
-from swim.data_tools.storage import FileCache, LocalFiles, RemoteFiles, locate
+from swim.data_tools.storage import MANIFEST, FileCache, LocalFiles, RemoteFiles, locate
 from swim.data_tools.writer import ShardWriter, index_shard
 
 __all__ = [
@@ -184,7 +184,7 @@ def _open_remote(url: str, cache: Path | None, files: FileCache | None) -> _Open
         listed = remote.names()
         found = [name] if name else sorted(other for other in listed if other.endswith(".tar"))
         found = found or sorted(f"{other.removesuffix('.index.jsonl')}.jsonl" for other in listed if _indexed(other))
-        texts = [_remote_index(remote, index_name(one), listed, cache) for one in found]
+        texts = [_remote_index(remote, one, listed, cache) for one in found]
     except OSError as error:
         raise ShardError(f"{url}: cannot be opened ({error})") from error
     if not texts:
@@ -196,7 +196,8 @@ def _indexed(name: str) -> bool:
     return name.endswith(".index.jsonl")
 
 
-def _remote_index(remote: RemoteFiles, name: str, listed: dict[str, str], cache: Path | None) -> bytes:
+def _remote_index(remote: RemoteFiles, described: str, listed: dict[str, str], cache: Path | None) -> bytes:
+    name = index_name(described)
     if name not in listed:
         raise FileNotFoundError(f"{name} is not there; run 'swim data index' before the upload")
     version = hashlib.sha256(f"{remote.folder}/{name} {listed[name]}".encode()).hexdigest()
@@ -204,6 +205,10 @@ def _remote_index(remote: RemoteFiles, name: str, listed: dict[str, str], cache:
     if kept is not None and kept.is_file():
         return kept.read_bytes()
     text = remote.read_whole(name)
+    if not remote.lists and listed[name] != hashlib.sha256(text).hexdigest():
+        problem = f"{remote.folder}/{name} is not the one that {MANIFEST} names"
+        raise OSError(f"{problem}; run 'swim data index' where the folder is, and copy it again")
+    check_header(f"{remote.folder}/{described}", text, None)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         hidden = kept.with_name(f".{kept.name}.{os.getpid()}")

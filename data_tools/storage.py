@@ -38,9 +38,9 @@ def locate(where: str | Path) -> Path | str:
     """The local path, or the URL without a slash at its end, that a user means; ShardError for `pipe:`, chained URLs
     and unknown schemes."""
     found = None if isinstance(where, Path) else _URL.match(where)
-    if found is None and not str(where).startswith("pipe:"):
+    text, scheme = str(where), found[1].lower() if found else ""
+    if isinstance(where, Path) or not ("://" in text or text.startswith("pipe:")):
         return Path(where)
-    text, scheme = str(where), found[1].lower() if found else "pipe"
     if scheme in ("file", "local"):
         return Path(text.partition("://")[2])
     if scheme not in SCHEMES or "::" in text:
@@ -106,14 +106,16 @@ class LocalFiles:
 
 
 class RemoteFiles:
-    """Files of a remote folder. With a `cache` they are fetched whole on first use, without one in ranges; `sizes` in
-    bytes are those of the files that have an index.
+    """Files of a remote folder. With a `cache` they are fetched whole on first use, without one in ranges.
+
+    `sizes` in bytes are those of the files that have an index; whether the storage `lists` files: web servers do not.
 
     Every attempt is repeated `len(WAITS)` times; what is not there or not allowed fails at once.
     """
 
     def __init__(self, url: str, cache: "FileCache | None") -> None:
         self.folder, self.cache = url, cache
+        self.lists = not url.startswith(("http://", "https://"))
         self.sizes: dict[str, int] = {}
         self._process, self._found, self._forgotten = 0, ("", ""), set[str]()
 
@@ -156,9 +158,9 @@ class RemoteFiles:
     def names(self) -> dict[str, str]:
         """Names of the files of the folder, each with what changes when the file does.
 
-        Of a web server, which lists nothing, they are those of the manifest.
+        Of a web server they are those of the manifest, with the SHA-256 of each index.
         """
-        if not self.folder.startswith(("http://", "https://")):
+        if self.lists:
             listed = self._repeat("", lambda fs, path: fs.ls(path, detail=True, refresh=True))
             return {item["name"].rpartition("/")[2]: repr(sorted(item.items())) for item in listed}
         try:
@@ -185,10 +187,10 @@ class RemoteFiles:
 
     def _repeat(self, name: str, attempt: Callable[[Any, str], _T]) -> _T:
         url = self._url(name) if name else self.folder
+        fs, root = self._filesystem()
+        path = f"{root}/{name if self.lists else quote(name)}" if name else root
         for wait in (*WAITS, None):
             try:
-                fs, root = self._filesystem()
-                path = f"{root}/{quote(name) if root.startswith('http') else name}" if name else root
                 found = attempt(fs, path)
                 break
             except FileNotFoundError as error:
@@ -206,12 +208,13 @@ class RemoteFiles:
         # A connection does not survive a fork; fsspec's own instances are kept per process.
         if self._process != os.getpid():
             options: dict[str, Any] = {"use_listings_cache": False}
-            if self.folder.startswith(("http://", "https://")):
-                import aiohttp
-
-                # By default a download may take five minutes, however large it is.
-                options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
             try:
+                if not self.lists:
+                    import aiohttp
+
+                    # By default a download may take five minutes, however large it is.
+                    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+                    options["client_kwargs"] = {"timeout": timeout}
                 self._found = fsspec.core.url_to_fs(self.folder, **options)
             except ImportError as error:
                 raise ShardError(f"{self.folder}: {error}; install that package") from error
