@@ -125,6 +125,8 @@ class TrainSet(Section):
 
     path: str
     """Folder of shards or of JSONL files, a JSONL file, or the URL of such."""
+    layers: list[str] = []
+    """Folders or URLs of layers that change what is said about its clips, joined one after the other."""
     repeat: float = Field(1.0, gt=0)
     """Times that each clip comes in an epoch; with 2.5, twice or three times, and equally often over the epochs."""
     proportion: float | None = Field(None, gt=0)
@@ -150,8 +152,8 @@ class DataConfig(Section):
     """What is trained on and how it becomes batches."""
 
     train: list[TrainSet] = Field(min_length=1)
-    """Data sets (shards, JSONL files, URLs), each as its path or as {path, repeat} or {path, proportion}; one path may
-    stand without brackets. By default every clip comes exactly once an epoch."""
+    """Data sets (shards, JSONL files, URLs), each as its path or as {path, layers, repeat or proportion}; one path
+    may stand without brackets. By default every clip comes exactly once an epoch."""
     cache: Path | None = None
     """Folder on a local disk for files behind URLs, shared by all runs and ranks of a machine; null:
     `run.output`/.cache/files."""

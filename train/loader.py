@@ -34,9 +34,10 @@ class Order:
         counted: bool = False,
     ) -> None:
         data = config.data
-        files = FileCache(data.cache or config.run.cache / "files", int(data.cache_gib * 2**30))
+        folder, size = data.cache or config.run.cache / "files", int(data.cache_gib * 2**30)
+        files = FileCache(folder, size) if size else None
         self.shards = [
-            ShardSet(part.path, cache=config.run.cache, files=files if data.cache_gib else None) for part in data.train
+            ShardSet(part.path, layers=part.layers, cache=config.run.cache, files=files) for part in data.train
         ]
         self._packs_per_step, self._cache, self._writes = data.packs_per_step, cache, writes
         self._data = [
