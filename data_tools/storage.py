@@ -22,6 +22,7 @@ from swim.data_tools.index import ShardError
 MAX_OPEN_FILES = 128
 MAX_MEDIA_BYTES = 4 << 30
 MANIFEST = "shards.json"
+DEAD_AFTER = 120.0  # seconds in which nothing more of a download came
 WAITS = (0.5, 2.0, 8.0)  # seconds between attempts at a remote file
 # What only reads. fsspec has more: some run programs, some wrap other URLs, some render templates.
 SCHEMES = frozenset(
@@ -29,6 +30,7 @@ SCHEMES = frozenset(
     | {"s3a", "sftp", "ssh", "tos", "webhdfs"}
 )
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
+_CACHED = re.compile(r"[0-9a-f]{32}|\.(?P<download>[0-9a-f]{32})\.(?P<total>\d+)\.[0-9a-f]+\.partial")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 
 _T = TypeVar("_T")
@@ -267,9 +269,7 @@ class FileCache:
             # Another process may have fetched it since.
             if (descriptor := self._use(name, total)) is not None:
                 return descriptor
-            for left in self.folder.glob(f".{name}.*.partial"):  # by a process that was killed
-                left.unlink(missing_ok=True)
-            hidden = self.folder / f".{name}.{total}.{os.getpid()}.partial"
+            hidden = self.folder / f".{name}.{total}.{os.urandom(4).hex()}.partial"
             try:
                 self._reserve(hidden, total)
                 fetch(hidden)
@@ -311,31 +311,35 @@ class FileCache:
             time.sleep(0.1)  # all of it is being fetched by others
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
+        """Time of last use, size and path of what is ours in the folder."""
         for path in self.folder.iterdir():
-            with suppress(FileNotFoundError):
-                if path.suffix != ".lock":
-                    found = path.stat()
-                    size = int(path.name.split(".")[2]) if path.suffix == ".partial" else found.st_size
-                    yield found.st_mtime, size, path
+            if found := _CACHED.fullmatch(path.name):
+                with suppress(FileNotFoundError):
+                    now = path.stat()
+                    yield now.st_mtime, int(found["total"] or now.st_size), path
 
     def _in_use(self, path: Path) -> bool:
         """Whether it is a download that somebody is at."""
-        if path.suffix != ".partial":
+        found = _CACHED.fullmatch(path.name)
+        if found is None or not found["total"]:
             return False
-        lock = os.open(self.folder / f"{path.name.split('.')[1]}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - path.stat().st_mtime < DEAD_AFTER:  # locks may not reach other machines
+                return True
+            with self._locked(found["download"], wait=False):
+                return False
+        except FileNotFoundError:
+            return False
         except OSError:
             return True
-        finally:
-            os.close(lock)
-        return False
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        """Hold the lock of a name; a process that dies lets go of it."""
+    def _locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
+        """Hold the lock of a name; a process that dies lets go of it. OSError if somebody has it and we do not wait."""
         lock = os.open(self.folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
+            if not wait:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with suppress(OSError):  # not every file system has locks; two processes then fetch the same
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield

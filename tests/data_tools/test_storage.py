@@ -227,7 +227,7 @@ def _read_often(url: str, cache: FileCache, seed: int) -> bool:
 
 
 def test_many_processes_share_a_cache(server: Server, tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
+    with multiprocessing.get_context("fork").Pool(4) as pool:
         ample = whole(tmp_path)
         assert all(pool.starmap(_read_often, [(server.url, ample, i) for i in range(4)]))
         assert [server.gets[f"shard-00000{i}.tar"] for i in range(5)] == [1] * 5, "one of them fetches, all read"
@@ -236,6 +236,24 @@ def test_many_processes_share_a_cache(server: Server, tmp_path: Path) -> None:
     left = [path for path in small.folder.iterdir() if path.suffix != ".lock"]
     assert sum(path.stat().st_size for path in left) <= small.max_bytes
     assert not [path for path in left if path.suffix == ".partial"]
+
+
+def test_a_download_that_goes_on_keeps_its_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, inside, done = FileCache(tmp_path / "cache", int(1.5 * SIZE)), threading.Event(), threading.Event()
+    monkeypatch.setattr(storage, "DEAD_AFTER", 0.0)  # the lock alone tells
+
+    def slow(path: Path) -> None:
+        inside.set()
+        path.write_bytes(bytes(SIZE))
+        time.sleep(0.5)
+        done.set()
+
+    thread = threading.Thread(target=lambda: os.close(cache.open("http://x/a.tar", SIZE, slow)))
+    thread.start()
+    assert inside.wait(30)
+    os.close(cache.open("http://x/b.tar", SIZE, lambda path: path.write_bytes(bytes(SIZE)) and None))
+    assert done.is_set(), "there is room for one of them only"
+    thread.join()
 
 
 def _fetch_forever(cache: FileCache, started: Any) -> None:
@@ -255,9 +273,12 @@ def test_a_killed_download_does_not_hold_room(tmp_path: Path) -> None:
     assert started.wait(30)
     process.kill()
     process.join()
-    assert len(list(cache.folder.glob(".*.partial"))) == 1
+    (left,) = cache.folder.glob(".*.partial")
+    os.utime(left, (0, 0))
+    (cache.folder / "notes.txt").write_bytes(bytes(2 * SIZE))
     os.close(cache.open("http://x/b.tar", SIZE, lambda path: path.write_bytes(bytes(SIZE)) and None))
     assert not list(cache.folder.glob(".*.partial"))
+    assert (cache.folder / "notes.txt").exists(), "what is not the cache's own is neither counted nor removed"
 
 
 def test_loose_videos_are_read_from_a_url(synth_folder: Path, tmp_path: Path) -> None:
