@@ -14,8 +14,9 @@ from swim.data_tools.storage import MANIFEST, FileCache, LocalFiles, RemoteFiles
 class Opened:
     """The tars of a folder, without any its JSONL files, or one JSONL file, or the URL of such.
 
-    `folder` is its path or URL, `lines` are those of the indices, `digest` is the SHA-256 of their texts, `read` reads.
-    Indices behind a URL are kept in the folder `cache`, other files in `files`. ShardError if `layer` is wrong.
+    `folder` is its path or URL, `lines` are those of the indices, `digest` is the SHA-256 of their texts, `read` reads
+    what they name. Indices behind a URL are kept in the folder `cache`, other files in `files`. ShardError unless it is
+    a layer or none, as `layer` says.
     """
 
     def __init__(self, where: str | Path, *, cache: Path | None, files: FileCache | None, layer: bool = False) -> None:
@@ -64,17 +65,14 @@ def _open_remote(
     try:
         listed = remote.names()
         found = [name] if name else sorted(other for other in listed if other.endswith(".tar"))
-        found = found or sorted(f"{other.removesuffix('.index.jsonl')}.jsonl" for other in listed if _indexed(other))
+        indices = (other for other in listed if other.endswith(".index.jsonl"))
+        found = found or sorted(f"{other.removesuffix('.index.jsonl')}.jsonl" for other in indices)
         texts = [_remote_index(remote, one, listed, cache) for one in found]
     except OSError as error:
         raise ShardError(f"{url}: cannot be opened ({error})") from error
     if not texts:
         raise ShardError(f"{url}: no *.tar and no index of a *.jsonl found; run 'swim data index' before the upload")
     return remote, [f"{folder}/{one}" for one in found], texts
-
-
-def _indexed(name: str) -> bool:
-    return name.endswith(".index.jsonl")
 
 
 def _remote_index(remote: RemoteFiles, described: str, listed: dict[str, str], cache: Path | None) -> bytes:
@@ -92,7 +90,7 @@ def _remote_index(remote: RemoteFiles, described: str, listed: dict[str, str], c
     check_header(f"{remote.folder}/{described}", text, None)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        hidden = kept.with_name(f".{kept.name}.{os.getpid()}")
+        hidden = kept.with_name(f".{kept.name}.{os.urandom(4).hex()}")  # other machines have the same process ids
         hidden.write_bytes(text)
         os.replace(hidden, kept)
     return text

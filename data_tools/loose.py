@@ -109,6 +109,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _make(path: Path, *, jobs: int = 4) -> Path:
+    if (tar := path.with_suffix(".tar")).exists():
+        raise ShardError(f"{path}: {tar.name} beside it would have the same index; rename one of them")
     before = path.stat()
     print(f"indexing {path}: {before.st_size:,} bytes, and the videos that it names", file=sys.stderr, flush=True)
     checksum = _checksum(path)

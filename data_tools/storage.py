@@ -163,7 +163,7 @@ class RemoteFiles:
         Of a web server they are those of the manifest, with the SHA-256 of each index.
         """
         if self.lists:
-            listed = self._repeat("", lambda fs, path: fs.ls(path, detail=True, refresh=True))
+            listed = self._repeat("", lambda fs, path: fs.ls(path, detail=True))
             return {item["name"].rpartition("/")[2]: repr(sorted(item.items())) for item in listed}
         try:
             files = json.loads(self.read_whole(MANIFEST))["files"]

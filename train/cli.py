@@ -47,7 +47,7 @@ def plan(
 @app.command()
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Folders of one or two finished runs; the first is the baseline.")],
-    data: Annotated[Path, typer.Option(help="Folder of held-out shards.")],
+    data: Annotated[str, typer.Option(help="Held-out folder of shards or JSONL files, a JSONL file, or a URL.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for results.json and report.html; default: the last run.")
     ] = None,

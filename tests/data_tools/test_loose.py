@@ -144,6 +144,16 @@ def test_a_folder_that_cannot_be_written_needs_an_index(mine: Path, monkeypatch:
         ShardSet(mine)
 
 
+def test_the_index_of_a_tar_is_not_overwritten(mine: Path, synth_folder: Path) -> None:
+    for path in synth_folder.iterdir():
+        (mine.parent / path.name).write_bytes(path.read_bytes())
+    assert ShardSet(mine.parent).digest == ShardSet(synth_folder).digest, "shards are the fast path"
+    os.rename(mine, mine.with_name("shard-000000.jsonl"))
+    with pytest.raises(ShardError, match=r"shard-000000.tar beside it would have the same index; rename"):
+        ShardSet(mine.with_name("shard-000000.jsonl"))
+    assert ShardSet(mine.parent).digest == ShardSet(synth_folder).digest
+
+
 def _wait_and_open(path: Path, barrier: Any, found: Any) -> None:
     barrier.wait()
     found.put(ShardSet(path).digest)
