@@ -41,7 +41,7 @@ def _open_local(folder: Path) -> tuple[LocalFiles | RemoteFiles, list[str], list
     paths = [folder] if folder.suffix == ".jsonl" and folder.is_file() else sorted(folder.glob("*.tar"))
     paths = paths or jsonl_files(folder)
     if not paths:
-        raise ShardError(f"{folder}: no *.tar and no *.jsonl found; give a folder that 'swim data' wrote, or your own")
+        raise ShardError(f"{folder}: no *.tar found and no *.jsonl; give a folder that 'swim data' wrote, or your own")
     texts = [fresh_index(path) if path.suffix == ".jsonl" else _read_index(path) for path in paths]
     return LocalFiles(paths[0].parent), list(map(str, paths)), texts
 
@@ -71,7 +71,7 @@ def _open_remote(
     except OSError as error:
         raise ShardError(f"{url}: cannot be opened ({error})") from error
     if not texts:
-        raise ShardError(f"{url}: no *.tar and no index of a *.jsonl found; run 'swim data index' before the upload")
+        raise ShardError(f"{url}: no *.tar found and no index of a *.jsonl; run 'swim data index' before the upload")
     return remote, [f"{folder}/{one}" for one in found], texts
 
 

@@ -133,7 +133,7 @@ def index(
         paths = [folder] if folder.is_file() else jsonl_files(folder)
         make = functools.partial(index_jsonl, jobs=jobs)
     if not paths:
-        raise ShardError(f"{folder}: no *.tar and no *.jsonl found; give a folder of shards or records")
+        raise ShardError(f"{folder}: no *.tar found and no *.jsonl; give a folder of shards or records")
     for path in progress(paths, "indexing") if paths[0].suffix == ".tar" else paths:
         print(make(path))
     print(write_manifest(paths[0].parent))

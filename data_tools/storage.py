@@ -111,7 +111,6 @@ class RemoteFiles:
     """Files of a remote folder. With a `cache` they are fetched whole on first use, without one in ranges.
 
     `sizes` in bytes are those of the files that have an index; whether the storage `lists` files: web servers do not.
-
     Every attempt is repeated `len(WAITS)` times; what is not there or not allowed fails at once.
     """
 

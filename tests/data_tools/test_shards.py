@@ -159,7 +159,7 @@ def test_invalid_records_and_short_reads_are_bad_samples(copied: Path) -> None:
 
 
 def test_incomplete_folders_are_refused(copied: Path, tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"none: no \*.tar and no \*.jsonl found; give a folder"):
+    with pytest.raises(ShardError, match=r"none: no \*.tar found and no \*.jsonl; give a folder"):
         ShardSet(tmp_path / "none")
     (path,) = copied.glob("*.tar")
     index = path.with_suffix(".index.jsonl")
