@@ -1,4 +1,4 @@
-"""Our own records with loose videos: `swim data convert jsonl FILE.jsonl ...`.
+"""Our own records with loose videos: `swim data convert jsonl FILE.jsonl ...`, or trained on as they are (loose.py).
 
 Input: one JSON object a line, the fields of a record (docs/data.md) and its masks: `media` with one {path} or just
 `video: path`, or neither for text alone; `conversations`; `objects` and `masks` {object id: {frame: RLE, polygons or
