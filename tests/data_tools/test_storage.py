@@ -336,6 +336,15 @@ def test_urls_that_do_more_than_read_are_refused(url: str) -> None:
         ShardSet(url)
 
 
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", missing)
+    with pytest.raises(ShardError, match="s3://bucket/x: Install s3fs to access S3; install that package"):
+        ShardSet("s3://bucket/x")
+
+
 def test_file_urls_are_paths(folder: Path) -> None:
     assert locate(f"file://{folder}") == folder
     assert ShardSet(f"file://{folder}").digest == ShardSet(folder).digest
