@@ -102,7 +102,7 @@ def write_page(shards: ShardSet, keys: Iterable[str], config: Config, out: Path,
 
     template = environment().get_template("inspect.html.jinja")
     page = template.stream(
-        title=f"What {recipe} makes of {shards.folder.resolve().name}",
+        title=f"What {recipe} makes of {Path(shards.folder).resolve().name}",
         entries=entries(),
         data=config.data,
         options=system.options,
