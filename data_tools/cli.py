@@ -18,13 +18,16 @@ from rich.table import Table
 from swim.data_tools.checks import KINDS
 from swim.data_tools.convert import SKIPPED_FILE, convert
 from swim.data_tools.expressions import LlmWriter, RuleWriter, Writer
+from swim.data_tools.layers import index_layer
 from swim.data_tools.llm import Client
+from swim.data_tools.loose import index_jsonl, jsonl_files
 from swim.data_tools.nouns import find_chunker
 from swim.data_tools.records import record_schema
 from swim.data_tools.refer import ABOUT_FILE, REPORT_FILE, Preview, Summary, preview, refer
 from swim.data_tools.shards import BadSample, ShardError, ShardSet, index_shard
 from swim.data_tools.sources import conversations, jsonl, llava_video, nl_refer, sav, videorefer
 from swim.data_tools.stats import QUANTILES, shard_stats
+from swim.data_tools.storage import write_manifest
 from swim.data_tools.synth import synthesise
 from swim.data_tools.validate import Options, Report, summarise, validate, write_report
 
@@ -34,7 +37,10 @@ SOURCES = {
     module.SOURCE.name: module.SOURCE for module in (nl_refer, videorefer, sav, llava_video, conversations, jsonl)
 }
 _T = TypeVar("_T")
-Folder = Annotated[Path, typer.Argument(help="Folder of shards.")]
+Folder = Annotated[str, typer.Argument(help="Folder of shards or JSONL files, a JSONL file, or a URL.")]
+
+
+Layers = Annotated[list[str] | None, typer.Option("--layer", help="Layer to join; may be given several times.")]
 
 
 def one_message(command: Callable[..., None]) -> Callable[..., None]:
@@ -204,14 +210,27 @@ def _llm_key(variable: str | None) -> str | None:
 
 @app.command()
 @one_message
-def index(folder: Folder) -> None:
-    """Write the index of every tar in a folder anew."""
-    paths = sorted(folder.glob("*.tar"))
+def index(
+    folder: Annotated[Path, typer.Argument(help="Folder of shards or JSONL files, or a JSONL file.")],
+    base: Annotated[
+        list[str] | None, typer.Option(help="The folder is a layer over this; then come the layers below it.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Threads that look at loose videos.")] = 4,
+) -> None:
+    """Write the index of every tar, or else of every JSONL file, anew, and the manifest that web servers need."""
+    paths, make = sorted(folder.glob("*.tar")), index_shard
+    if base:
+        make = functools.partial(index_layer, base=ShardSet(base[0], layers=base[1:]))
+    elif not paths:
+        paths = [folder] if folder.is_file() else jsonl_files(folder)
+        make = functools.partial(index_jsonl, jobs=jobs)
     if not paths:
-        raise ShardError(f"{folder}: no *.tar found; give a folder of shards")
-    for path in progress(paths, "indexing"):
-        print(index_shard(path))
-    ShardSet(folder)  # each index is good by itself; keys are unique over all of them
+        raise ShardError(f"{folder}: no *.tar found and no *.jsonl; give a folder of shards or records")
+    for path in progress(paths, "indexing") if paths[0].suffix == ".tar" else paths:
+        print(make(path))
+    print(write_manifest(paths[0].parent))
+    if not base:
+        ShardSet(folder)  # each index is good by itself; keys are unique over all of them
 
 
 @app.command(name="validate")
@@ -226,9 +245,11 @@ def validate_command(
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings, too.")] = False,
     cells: Annotated[int, typer.Option(min=1, help="Cells of the grid in which a mask should fill one.")] = 768,
     jobs: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    layers: Layers = None,
 ) -> None:
     """Check records, masks, nouns, origin and files, and that folders share no clips; exit with 1 for errors."""
-    sets = {"folders": [ShardSet(path) for path in folders], "against": [ShardSet(path) for path in against or ()]}
+    joined = [ShardSet(path, layers=layers or ()) for path in folders]
+    sets = {"folders": joined, "against": [ShardSet(path) for path in against or ()]}
     total = sum(len(shards) for of_use in sets.values() for shards in of_use)
     options = Options(deep=deep, cells=cells)
     found = validate(sets["folders"], sets["against"], options=options, jobs=jobs)
@@ -242,10 +263,12 @@ def validate_command(
 @app.command()
 @one_message
 def show(
-    folder: Folder, key: Annotated[str | None, typer.Argument(help="Sample; the first if left out.")] = None
+    folder: Folder,
+    key: Annotated[str | None, typer.Argument(help="Sample; the first if left out.")] = None,
+    layers: Layers = None,
 ) -> None:
     """Print what is said about a clip."""
-    shards = ShardSet(folder)
+    shards = ShardSet(folder, layers=layers or ())
     if key is not None:
         check_key(shards, key)
     sample = shards.read(0 if key is None else key)
@@ -270,9 +293,13 @@ def show(
 
 @app.command()
 @one_message
-def stats(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def stats(
+    folder: Folder,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    layers: Layers = None,
+) -> None:
     """Count clips, conversations, mentions, objects, masks, sizes and licences; exit with 1 if a sample is bad."""
-    shards = ShardSet(folder)
+    shards = ShardSet(folder, layers=layers or ())
     found = shard_stats(shards, progress(range(len(shards)), "counting"))
     if as_json:
         print(json.dumps(found, indent=2))

@@ -44,8 +44,9 @@ from swim.data_tools.records import (
 )
 from swim.data_tools.reencode import reencode
 from swim.data_tools.rows import Row, stream_rows
-from swim.data_tools.shards import ShardError, ShardWriter, sync
+from swim.data_tools.sources.forms import NAMED, Part, Source, record_values, skip_line, slug
 from swim.data_tools.video import UnsteadyVideo, VideoError, VideoInfo, verify
+from swim.data_tools.writer import ShardError, ShardWriter, sync
 
 VERSION = 1  # of what the engine makes of the same input
 MAX_MEDIA_BYTES = 4 << 30
@@ -54,36 +55,6 @@ ABOUT_FILE = "convert.json"
 DONE_FOLDER = ".done"
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one row says about one clip, as JSON values of a record; frames and pixels are those of the source video.
-
-    `hint` begins the sample's key, `source` and `license` are given by rows that name their own.
-    """
-
-    conversations: list[Any]
-    objects: list[Any] = field(default_factory=list)
-    masks: dict[str, Any] = field(default_factory=dict)
-    hint: str | None = None
-    source: str | None = None
-    license: str | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """A file form: which files of a folder, which video a row is about (None: text alone), what it says about it.
-
-    With `whole_files` every file is one row. Both functions raise RecordError for a row that is not of the form.
-    """
-
-    name: str
-    license: str
-    pattern: str
-    video: Callable[[Row], str | None]
-    part: Callable[[Row, VideoInfo | None], Part]
-    whole_files: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,7 +122,6 @@ _ROW = np.dtype(
     [("file", "<u4"), ("number", "<u4"), ("start", "<u8"), ("size", "<u4"), ("clip", "<u4"), ("digest", "<u8")]
 )
 _CLIP = np.dtype([("size", "<u8"), ("time", "<i8")])
-_NAMED = re.compile(r"^record (?:'.*?'|\".*?\"), ")
 _FOLDER_LOCK = 1 << 32  # behind the numbers of shards
 _CLIP_OVERHEAD = 4096  # bytes of a sample in a tar that are neither video nor rows
 
@@ -469,7 +439,7 @@ def _write_clip(run: _Run, writer: ShardWriter, rows: Iterable[Row], skipped: li
             part = run.source.part(row, clip.source if clip else None)
             good.append((row, part, _check(run, row, part, clip)))
         except RecordError as error:
-            skipped.append(_skip(row, name, error))
+            skipped.append(skip_line(row, name, error))
     if not good:
         return 0
     first = good[0][0]
@@ -480,22 +450,9 @@ def _write_clip(run: _Run, writer: ShardWriter, rows: Iterable[Row], skipped: li
         record, masks = _merge(clip, [checked for _, _, checked in good])
         writer.write(key, record, masks, {clip.member: clip.data} if clip else {})
     except RecordError as error:
-        skipped += [_skip(row, name, error) for row, *_ in good]
+        skipped += [skip_line(row, name, error) for row, *_ in good]
         return 0
     return len(good)
-
-
-def slug(name: str) -> str:
-    """A name as a key can hold it."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:64] or "_"
-
-
-def _skip(row: Row, video: str | None, error: RecordError) -> dict[str, Any]:
-    reason = str(error)
-    named = re.match(_NAMED.pattern + r"([\w.\[\] ]+): ", reason)
-    own = row.name if row.name != f"record_{row.number}" else None
-    place = {"file": row.file.name, "number": row.number, "index": own, "video": video}
-    return {**place, "field": named[1] if named else None, "reason": reason}
 
 
 def _load(run: _Run, name: str) -> _Clip:
@@ -529,17 +486,7 @@ def _load(run: _Run, name: str) -> _Clip:
 def _check(run: _Run, row: Row, part: Part, clip: _Clip | None) -> tuple[Record, Masks]:
     """Record of one row, in frames and pixels of the source video."""
     media = [{"member": clip.member, "kind": "video", **vars(clip.source)}] if clip else []
-    values = {
-        "source": part.source or run.source.name,
-        "license": run.license or part.license or run.source.license,
-        "media": media,
-        "objects": part.objects,
-        "conversations": part.conversations,
-    }
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise row.error("text", f"{error.object[error.start]!r} is half a character; write valid Unicode") from None
+    values = record_values(row, part, media, source=run.source, license=run.license)
     return parse_sample(slug(row.name), values, part.masks)
 
 
@@ -632,5 +579,5 @@ def _report(run: _Run, mine: list[_Shard]) -> Summary:
 
 def _kind(line: Mapping[str, Any]) -> str:
     """A reason without what differs from record to record."""
-    reason = re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*", "…", _NAMED.sub("", line["reason"]))
+    reason = re.sub(r"'[^']*'|\"[^\"]*\"|\S*/\S*", "…", NAMED.sub("", line["reason"]))
     return re.sub(r"\d+(\.\d+)?", "N", reason)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from swim.data_tools.shards import Entry
+    from swim.data_tools.index import Entry
 
 FACTS_VERSION = 1  # raise it when the arrays change
 

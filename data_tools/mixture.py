@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from swim.data_tools.facts import Facts
-from swim.data_tools.shards import Entry
+from swim.data_tools.index import Entry
 
 _SHUFFLE, _DRAW, _REPEAT, STEPS, _SHARDS = range(5)  # what a random stream is for
 

@@ -214,7 +214,9 @@ def _changes(then: dict[str, Any], now: dict[str, Any], names: Sequence[str]) ->
     for number, (old, new) in enumerate(zip(*sets)):
         name = f"data.train[{number}]" + (f" ({names[number]})" if number < len(names) else "")
         if old["digest"] != new["digest"]:
-            found.append(f"{name} has other shards (index digest {old['digest'][:12]} then, {new['digest'][:12]} now)")
+            found.append(
+                f"{name} has other shards or layers (index digest {old['digest'][:12]} then, {new['digest'][:12]} now)"
+            )
         elif not tokens_may_differ and old.get("tokens") != new.get("tokens"):
             found.append(f"{name} has other numbers of tokens (data.num_frames, min_pixels, max_pixels?)")
         if old["repeat"] != new["repeat"]:

@@ -33,7 +33,7 @@ def shard_stats(shards: ShardSet, numbers: Iterable[int]) -> dict[str, Any]:
             bad.append(str(error))
             continue
         record = sample.record
-        total.update(clips=1, objects=len(record.objects), bytes=sum(size for _, size, _ in entry.members.values()))
+        total.update(clips=1, objects=len(record.objects), bytes=entry.num_bytes)
         counts["sources"][record.source] += 1
         counts["licenses"][record.license] += 1
         counts["conversations"].update(conversation.task for conversation in record.conversations)

@@ -26,6 +26,7 @@ from swim.data_tools.checks import (
     measure_tubes,
 )
 from swim.data_tools.lookalike import near_pairs
+from swim.data_tools.loose import LINE
 from swim.data_tools.records import Record, RecordError, parse_fields, problems
 from swim.data_tools.shards import BadSample, Entry, Sample, ShardSet
 
@@ -100,7 +101,8 @@ def examine(shards: ShardSet, number: int, options: Options) -> Result:
     """All that is wrong with one sample alone; the media of a wrong record are read, but not decoded."""
     entry = shards.entries[number]
     result = Result(entry.key)
-    result.media = [(size, crc) for name, (_, size, crc) in entry.members.items() if size and not _is_layer(name)]
+    result.media = [(size, crc) for name, (_, size, crc) in entry.members.items() if size and not _is_text(name)]
+    result.media += entry.files.values()
 
     def add(found: Found, offset: int | None = None) -> None:
         result.findings.append(_finding(shards, entry, found, offset))
@@ -177,12 +179,12 @@ def _check_members(record: Record, members: Mapping[str, tuple[int, int, int]]) 
         if medium.member is not None and medium.member not in members:
             yield Found("unreadable", f"media[{i}].member", f"no {medium.member!r} among {sorted(members)}")
     for name in members:
-        if name not in named and not _is_layer(name):
+        if name not in named and not _is_text(name):
             yield Found("member", name, f"{members[name][1]} bytes")
 
 
-def _is_layer(name: str) -> bool:
-    return name.split(".")[-1] == "json"
+def _is_text(name: str) -> bool:
+    return name == LINE or name.split(".")[-1] == "json"
 
 
 def _facts(record: Record) -> tuple[int, int, int, float]:

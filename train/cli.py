@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from swim.data_tools.cli import Folder, check_key, one_message, progress
+from swim.data_tools.cli import Folder, Layers, check_key, one_message, progress
 from swim.data_tools.cli import app as data_app
 
 app = typer.Typer(
@@ -48,7 +48,7 @@ def plan(
 @app.command()
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="Folders of one or two finished runs; the first is the baseline.")],
-    data: Annotated[Path, typer.Option(help="Folder of held-out shards.")],
+    data: Annotated[str, typer.Option(help="Held-out folder of shards or JSONL files, a JSONL file, or a URL.")],
     out: Annotated[
         Path | None, typer.Option(help="Folder for results.json and report.html; default: the last run.")
     ] = None,
@@ -75,6 +75,7 @@ def inspect(
         typer.Argument(metavar="[KEY]... [SECTION.KEY=VALUE]...", help="Samples, and overrides of the recipe."),
     ] = None,
     limit: Annotated[int, typer.Option(metavar="N", min=1, help="Samples, where no KEY is given: the first N.")] = 10,
+    layers: Layers = None,
 ) -> None:
     """Write a page of what training makes of clips: frames, masks, their coverage of the grid, tokens, nouns."""
     from swim.data_tools.shards import ShardSet
@@ -82,13 +83,13 @@ def inspect(
     from swim.train.system import page_writer
 
     chosen = chosen or []
-    shards = ShardSet(folder)
+    shards = ShardSet(folder, layers=layers or ())
     keys = [text for text in chosen if "=" not in text]
     for key in keys:
         check_key(shards, key)
     config = load_config(recipe, [text for text in chosen if "=" in text])
     samples = ((shards, key, None) for key in progress(keys or shards.keys()[:limit], "inspecting"))
-    title = f"What {recipe} makes of {folder.resolve().name}"
+    title = f"What {recipe} makes of {Path(folder).resolve().name}"
     shown, bad = page_writer(config)(samples, config, out, title=title, origin=f"shards {shards.digest[:12]}")
     print(f"{shown} clips shown, {bad} left out (the page says why): {out}")
     if bad:

@@ -125,10 +125,12 @@ class SynthConfig(Section):
 
 
 class TrainSet(Section):
-    """A shard folder and its share of an epoch."""
+    """A data set and its share of an epoch."""
 
-    path: Path
-    """Shard folder."""
+    path: str
+    """Folder of shards or of JSONL files, a JSONL file, or the URL of such."""
+    layers: list[str] = []
+    """Folders or URLs of layers that change what is said about its clips, joined one after the other."""
     repeat: float = Field(1.0, gt=0)
     """Times that each clip comes in an epoch; with 2.5, twice or three times, and equally often over the epochs."""
     proportion: float | None = Field(None, gt=0)
@@ -138,7 +140,10 @@ class TrainSet(Section):
     @model_validator(mode="before")
     @classmethod
     def _path_alone(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str | Path) else value
+        value = {"path": value} if isinstance(value, str | Path) else value
+        if isinstance(value, dict) and isinstance(value.get("path"), Path):
+            return {**value, "path": str(value["path"])}
+        return value
 
     @model_validator(mode="after")
     def _one_share(self) -> "TrainSet":
@@ -151,8 +156,13 @@ class DataConfig(Section):
     """What is trained on and how it becomes batches."""
 
     train: list[TrainSet] = Field(min_length=1)
-    """Shard folders, each as its path or as {path, repeat} or {path, proportion}; one path may stand without brackets.
-    By default every clip comes exactly once an epoch."""
+    """Data sets (shards, JSONL files, URLs), each as its path or as {path, layers, repeat or proportion}; one path
+    may stand without brackets. By default every clip comes exactly once an epoch."""
+    cache: Path | None = None
+    """Folder on a local disk for files behind URLs, shared by all runs and ranks of a machine; null:
+    `run.output`/.cache/files."""
+    cache_gib: float = Field(64.0, ge=0)
+    """Size of that folder at most, in GiB; 0 reads URLs in ranges and keeps nothing."""
     synth: SynthConfig | None = None
     """How to render `train` if it is missing."""
     tasks: list[str] | None = None

@@ -84,7 +84,7 @@ def _clear(out: Path) -> None:
     marker.touch()
 
 
-def evaluate_runs(runs: Mapping[str, Path], data: Path, out: Path) -> dict[str, Any]:
+def evaluate_runs(runs: Mapping[str, Path], data: str | Path, out: Path) -> dict[str, Any]:
     """Predict and score every run over the shards in `data`; writes results.json, scores.jsonl and report.html into
     `out`."""
     from swim.evaluation.report import ArmFiles, write_report
@@ -113,7 +113,7 @@ def evaluate_runs(runs: Mapping[str, Path], data: Path, out: Path) -> dict[str, 
     return results
 
 
-def provenance(runs: Mapping[str, Path], data: Path) -> dict[str, Any]:
+def provenance(runs: Mapping[str, Path], data: str | Path) -> dict[str, Any]:
     """What a reader needs to repeat the figures: versions, code, data digest, weights' hashes, machine."""
     from swim.train.predict import weights_digest
 
@@ -191,7 +191,9 @@ def _estimate(estimate: Mapping[str, Any], sign: str = "") -> str:
     return f"{value} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def _readers(data: Path) -> tuple[Callable[[str, list[int]], np.ndarray], Callable[[str, str, int], np.ndarray | None]]:
+def _readers(
+    data: str | Path,
+) -> tuple[Callable[[str, list[int]], np.ndarray], Callable[[str, str, int], np.ndarray | None]]:
     shards = ShardSet(data)
 
     @cache

@@ -11,6 +11,7 @@ from swim.data_tools.mixture import DataSet, PlanOptions, repeats
 from swim.data_tools.plan import Pack, Plan, PlanState, Unit, load_plan, make_plan, plan_identity
 from swim.data_tools.pool import ALL, Attempt, Pool
 from swim.data_tools.shards import BadSample, ShardSet
+from swim.data_tools.storage import FileCache
 from swim.train.batch import Batch, Hole
 from swim.train.config import Config
 from swim.train.lengths import token_model
@@ -34,10 +35,14 @@ class Order:
         counted: bool = False,
     ) -> None:
         data = config.data
-        self.shards = [ShardSet(part.path, cache=config.run.cache) for part in data.train]
+        folder, size = data.cache or config.run.cache / "files", int(data.cache_gib * 2**30)
+        files = FileCache(folder, size) if size else None
+        self.shards = [
+            ShardSet(part.path, layers=part.layers, cache=config.run.cache, files=files) for part in data.train
+        ]
         self._packs_per_step, self._cache, self._writes = data.packs_per_step, cache, writes
         self._data = [
-            DataSet(str(part.path), shards.digest, shards.facts, shards.entries, part.repeat, part.proportion)
+            DataSet(part.path, shards.digest, shards.facts, shards.entries, part.repeat, part.proportion)
             for part, shards in zip(data.train, self.shards)
         ]
         self._options = PlanOptions(

@@ -24,7 +24,7 @@ def expected_ids(config: Config, shards: ShardSet) -> list[str]:
     return [f"{shards.entries[clip].key}#{i}" for clip, conversations in units for i in conversations]
 
 
-def predict(run: Path, data: Path) -> tuple[Path, list[str]]:
+def predict(run: Path, data: str | Path) -> tuple[Path, list[str]]:
     """Predictions of a finished run over the shards in `data`: path of the JSONL file, and the ids it should hold.
 
     The file lies in the run folder under a name made of the data's and the weights' digests, so lines that are there

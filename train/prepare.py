@@ -22,7 +22,7 @@ LOCK_FILE = ".lock"
 # What may change between the parts of one run: when it saves, logs and stops, how it is launched, watched and loaded.
 _FREE = {
     "run": ("save_every", "keep", "stop_after", "max_hours", "output", "name"),
-    "data": ("workers", "deadline_s", "prefetch", "max_bad", "train", "synth"),
+    "data": ("workers", "deadline_s", "prefetch", "max_bad", "train", "synth", "cache", "cache_gib"),
     "guard": ("hang_s", "start_s", "max_refused"),
 }
 
@@ -77,7 +77,7 @@ def build_order(config: Config, system: System, world: World) -> Order:
         raise problem
     order = order or Order(config, system, cache=cache, writes=False)
     if len(set(world.gather(order.plan(0).digest))) > 1:
-        folders = [str(part.path) for part in config.data.train]
+        folders = [part.path for part in config.data.train]
         raise ConfigError(f"the ranks see different data in {folders}; compare the nodes")
     return order
 
@@ -98,9 +98,11 @@ def build_loader(config: Config, system: System, order: Order, world: World) -> 
 
 
 def _render(config: Config) -> None:
-    synth, folder = config.data.synth, config.data.train[0].path
+    synth, folder = config.data.synth, Path(config.data.train[0].path)
     if synth is None:
         return
+    if "://" in config.data.train[0].path or folder.suffix == ".jsonl":
+        raise ConfigError(f"data.synth cannot render into {config.data.train[0].path}; set data.synth=null")
     recipe, wanted = folder / "synth.json", json.dumps(synth.model_dump())
     if any(folder.glob("*.tar")):
         found = recipe.read_text() if recipe.exists() else "other data"

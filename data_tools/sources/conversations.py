@@ -13,9 +13,8 @@ Licence: what --license says.
 
 from typing import Any
 
-from swim.data_tools.convert import Part, Source
 from swim.data_tools.rows import Row
-from swim.data_tools.sources.forms import LLAVA, MESSAGES, dialogue, no_images
+from swim.data_tools.sources.forms import LLAVA, MESSAGES, Part, Source, dialogue, no_images
 from swim.data_tools.video import VideoInfo
 
 

@@ -1,4 +1,4 @@
-"""Our own records with loose videos: `swim data convert jsonl FILE.jsonl ...`.
+"""Our own records with loose videos: `swim data convert jsonl FILE.jsonl ...`, or trained on as they are (loose.py).
 
 Input: one JSON object a line, the fields of a record (docs/data.md) and its masks: `media` with one {path} or just
 `video: path`, or neither for text alone; `conversations`; `objects` and `masks` {object id: {frame: RLE, polygons or
@@ -12,9 +12,8 @@ Licence: what the line or --license says.
 
 from typing import Any
 
-from swim.data_tools.convert import Part, Source
 from swim.data_tools.rows import Row
-from swim.data_tools.sources.forms import compressed, video_name
+from swim.data_tools.sources.forms import Part, Source, compressed, video_name
 from swim.data_tools.video import VideoInfo
 
 FIELDS = ("conversations", "key", "license", "masks", "media", "objects", "source", "version", "video")

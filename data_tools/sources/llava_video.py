@@ -10,10 +10,9 @@ and no masks.
 Licence: not stated in what has been seen, so `unknown` unless --license says it; videos have their own.
 """
 
-from swim.data_tools.convert import Part, Source
 from swim.data_tools.rows import Row
 from swim.data_tools.sources.conversations import part_of
-from swim.data_tools.sources.forms import no_images, video_name
+from swim.data_tools.sources.forms import Part, Source, no_images, video_name
 from swim.data_tools.video import VideoInfo
 
 FOLDER = "LLaVA-Video-178K/"

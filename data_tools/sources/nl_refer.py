@@ -15,10 +15,9 @@ Licence: CC BY-NC 4.0 for the texts; the masks come from VideoRefer-700K (Apache
 import re
 from typing import Any
 
-from swim.data_tools.convert import Part, Source
 from swim.data_tools.records import TAG
 from swim.data_tools.rows import Row
-from swim.data_tools.sources.forms import MEDIA_TAG, dialogue, masks_by_frame, video_name
+from swim.data_tools.sources.forms import MEDIA_TAG, Part, Source, dialogue, masks_by_frame, video_name
 from swim.data_tools.video import VideoInfo
 
 

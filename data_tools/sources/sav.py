@@ -14,9 +14,8 @@ Licence: CC BY 4.0 (Meta), videos and masks.
 
 from typing import Any
 
-from swim.data_tools.convert import Part, Source
 from swim.data_tools.rows import Row
-from swim.data_tools.sources.forms import compressed, video_name
+from swim.data_tools.sources.forms import Part, Source, compressed, video_name
 from swim.data_tools.video import VideoInfo
 
 ANNOTATED_FPS = 6

@@ -17,9 +17,8 @@ Licence: Apache-2.0 for texts and masks; videos have their own (Panda-70M, MeViS
 import re
 from typing import Any
 
-from swim.data_tools.convert import Part, Source
 from swim.data_tools.rows import Row
-from swim.data_tools.sources.forms import dialogue, masks_by_frame, video_name
+from swim.data_tools.sources.forms import Part, Source, dialogue, masks_by_frame, video_name
 from swim.data_tools.video import VideoInfo
 
 PLACE = re.compile(r"<object(\d{1,6})>(?:\s*<region>)?|<region>")

@@ -129,11 +129,13 @@ def test_schema_prints_the_schema() -> None:
 
 def test_the_example_of_the_data_page_runs(synth_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (tmp_path / "clip.mp4").write_bytes(ShardSet(synth_folder).read(0).media())
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "docs/data.md", "exec"), {})
+    for code in blocks:
+        exec(compile(code, "docs/data.md", "exec"), {})
     assert "errors: 0" in _run("validate", "shards/mine", "--deep").stdout
+    assert "errors: 0" in _run("validate", "shards/mine", "--deep", "--layer", "shards/mine_v2").stdout
 
 
 def test_the_line_of_the_data_page_converts(synth_folder: Path, tmp_path: Path) -> None:
@@ -142,6 +144,7 @@ def test_the_line_of_the_data_page_converts(synth_folder: Path, tmp_path: Path) 
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "cup.mp4").write_bytes(ShardSet(synth_folder).read(0).media())
     (tmp_path / "mine.jsonl").write_text(json.dumps(json.loads(line)) + "\n")
+    assert _run("validate", tmp_path / "mine.jsonl", "--deep").exit_code == 0
     assert _run("convert", "jsonl", tmp_path / "mine.jsonl", "--out", tmp_path / "out", "--strict").exit_code == 0
     sample = ShardSet(tmp_path / "out").read(0)
     assert sample.masks["cup"][5] is None

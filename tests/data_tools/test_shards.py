@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from swim.data_tools import shards as shards_module
+from swim.data_tools.index import Lines
 from swim.data_tools.records import Conversation, Media, Record, RecordError, Turn
 from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, ShardWriter, index_shard
 from swim.data_tools.synth import synthesise
@@ -146,13 +146,13 @@ def test_invalid_records_and_short_reads_are_bad_samples(copied: Path) -> None:
 
 
 def test_incomplete_folders_are_refused(copied: Path, tmp_path: Path) -> None:
-    with pytest.raises(ShardError, match=r"none: no \*.tar found; give a folder"):
+    with pytest.raises(ShardError, match=r"none: no \*.tar found and no \*.jsonl; give a folder"):
         ShardSet(tmp_path / "none")
     (path,) = copied.glob("*.tar")
     index = path.with_suffix(".index.jsonl")
     good = index.read_text()
     os.truncate(path, path.stat().st_size - 512)
-    with pytest.raises(ShardError, match=r"its header is .*'size': \d+.*copy the tar again or run 'swim data index"):
+    with pytest.raises(ShardError, match=r"its header is .*'size': \d+.*copy the file again or run 'swim data index"):
         ShardSet(copied)
     for text, message in [
         ("", "header is damaged"),
@@ -204,7 +204,9 @@ def test_loose_media_are_read_from_the_folder(tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         writer.write("a", _record(media), {}, {})
     sample = ShardSet(tmp_path).read(0)
-    with pytest.raises(BadSample, match=r"media\[0\].path 'videos/a.mp4' is not a file inside .*; put it there"):
+    with pytest.raises(
+        BadSample, match=r"media\[0\] cannot be read: 'videos/a.mp4' is not a file inside .*; put it there"
+    ):
         sample.media()
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "a.mp4").write_bytes(b"loose")
@@ -248,7 +250,7 @@ def test_shards_and_samples_cross_processes(synth_folder: Path) -> None:
 
 
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("swim.data_tools.shards.MAX_OPEN_FILES", 3)
+    monkeypatch.setattr("swim.data_tools.storage.MAX_OPEN_FILES", 3)
     with ShardWriter(tmp_path, max_bytes=1) as writer:
         for i in range(8):
             writer.write(f"clip{i}", _record(), {}, {"mp4": bytes([i])})
@@ -266,8 +268,8 @@ def test_a_cached_index_is_parsed_once_and_lines_are_parsed_when_asked_for(
     whole = ShardSet(copied)
     first = ShardSet(copied, cache=tmp_path / "cache")
     parsed = []
-    parse = shards_module._parse_line
-    monkeypatch.setattr(shards_module, "_parse_line", lambda *args: parsed.append(args[1]) or parse(*args))
+    parse = Lines._parse
+    monkeypatch.setattr(Lines, "_parse", lambda *args: parsed.append(args[2]) or parse(*args))
     again = ShardSet(copied, cache=tmp_path / "cache")
     assert (len(again), again.digest, parsed) == (len(whole), whole.digest, [])
     for name, value in vars(first.facts).items():
