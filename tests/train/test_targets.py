@@ -15,7 +15,7 @@ from swim.data_tools.records import Conversation, Masks, Media, Mention, Object,
 from swim.data_tools.rle import encode_mask
 from swim.data_tools.shards import ShardSet, ShardWriter, index_shard
 from swim.data_tools.synth import read_barcode, synthesise
-from swim.data_tools.video import choose_frames, encode_video
+from swim.data_tools.video import choose_frames, decode_frames, encode_video
 from swim.kernels.mask_loss import unpack_masks
 from swim.train.system import Request, build_system
 from swim.train.systems.swim.config import Config
@@ -387,6 +387,42 @@ def test_the_chosen_frames_are_the_ones_that_are_decoded(tmp_path):
     blocks = clip.pixels.view(steps, rows, columns, 2, 2, 3, 2, 7, 7).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
     frames = (blocks.reshape(2 * steps, 3, 112, 112) * std + mean).mul(255).permute(0, 2, 3, 1).numpy()
     assert [read_barcode(frame) for frame in frames] == [*chosen, chosen[-1]]
+
+
+def test_at_a_rate_masks_are_those_of_the_frames_that_are_seen(tmp_path):
+    """360p at 12 frames a second, some annotated: a white box that moves, found again in what is decoded."""
+    pixels = np.zeros((66, 360, 640, 3), np.uint8)
+    for number, frame in enumerate(pixels):
+        frame[40 + 4 * number : 100 + 4 * number, 9 * number : 9 * number + 50] = 255
+    masks: Masks = {"a": {n: Rle(**encode_mask(pixels[n, :, :, 0] > 128)) for n in (3, 9, 10, 15, 39, 51, 63)}}
+    record = Record(
+        source="test",
+        license="CC0-1.0",
+        media=[Media(member="mp4", kind="video", height=360, width=640, num_frames=66, fps=12)],
+        objects=[Object(id="a", label="a")],
+        conversations=[ask("a", "a")],
+    )
+    with ShardWriter(tmp_path) as writer:
+        writer.write("clip", record, masks, {"mp4": encode_video(pixels, 12.0)})
+    (request,) = everything(ShardSet(tmp_path))
+    at_a_rate = ["data.frame_sampling=fps", "data.num_frames=16", "data.max_pixels=70000"]
+    batch = collator_for(tmp_path, *at_a_rate)([request])
+    (clip,) = batch.clips
+    frames = [frame for step in clip.frames for frame in step]
+    assert (len(frames), clip.grid) == (11, (6, 14, 25)), "5.5 seconds; the last frame fills its step"
+    assert clip.seconds_per_step == pytest.approx(2 * 0.5)
+    seen = decode_frames(request.sample.media(), frames)[..., 0] > 128
+    rows, columns = (
+        np.diff(np.clip(np.arange(n + 1)[:, None] * size / n - np.arange(size), 0, 1), axis=0) * n / size
+        for n, size in ((14, 360), (25, 640))
+    )
+    areas = dict(zip(frames, rows @ seen.astype(float) @ columns.T))
+    of_steps = [[areas[frame] for frame in step if frame in masks["a"]] for step in clip.frames]
+    assert [len(found) for found in of_steps] == [2, 1, 0, 1, 1, 1]
+    for coverage, found in zip(batch.coverages[0], of_steps, strict=True):
+        assert (coverage is None) == (not found)
+        if found:
+            np.testing.assert_allclose(coverage, np.mean(found, axis=0), rtol=0, atol=1e-9)
 
 
 def damaged(folder: Path, key: str, change: Mapping[str, bytes]) -> None:

@@ -12,7 +12,7 @@ from swim.data_tools.records import Masks, RecordError
 from swim.data_tools.shards import BadSample, Sample
 from swim.data_tools.video import VideoError, choose_frames, decode_frames
 from swim.train.batch import Batch, BatchOptions, Hole, make_batch
-from swim.train.config import DataConfig
+from swim.train.config import ConfigError, DataConfig
 from swim.train.encode import ConversationEncoder, Encoded, Noun
 from swim.train.families import Clip
 from swim.train.system import Request
@@ -43,6 +43,11 @@ class SwimCollator:
         config: Config,
     ) -> None:
         self.encoder, self.data, self.options, self.config = encoder, data, options, config
+        if encoder.family.stacks_clips and data.frame_sampling == "fps" and data.clips_per_pack != 1:
+            raise ConfigError(
+                "data.frame_sampling fps gives clips different numbers of frames, and this model family needs equally "
+                "many in a batch; set data.clips_per_pack=1, or data.frame_sampling=uniform"
+            )
 
     def __call__(self, requests: Sequence[Request], holes: Sequence[Hole] = ()) -> SwimBatch:
         """Batch of all conversations; a clip that cannot be read or encoded becomes one hole per conversation."""
@@ -133,9 +138,7 @@ class SwimCollator:
                 f"video of {sample.key} has frames of {pixels.shape[2]}x{pixels.shape[1]} pixels, its record says "
                 f"{media.width}x{media.height}; correct the record"
             )
-        cells, grid = self.encoder.family.pixels(
-            pixels, min_pixels=self.data.min_pixels, max_pixels=self.data.max_pixels
-        )
+        cells, grid = self.encoder.family.pixels(pixels, **self.data.pixel_limits(len(chosen)))
         return self._clip(sample, chosen, cells, grid)
 
     def _choose(self, sample: Sample) -> list[int] | None:
@@ -149,7 +152,7 @@ class SwimCollator:
         annotated = None
         if self.data.frame_sampling == "annotated":
             annotated = sorted({frame for frames in sample.masks.values() for frame in frames})
-        return choose_frames(media.num_frames, self.data.num_frames, annotated)
+        return choose_frames(media.num_frames, self.data.frames_of(media.num_frames, media.fps), annotated)
 
     def _clip(self, sample: Sample, chosen: list[int], cells: Tensor, grid: tuple[int, int, int]) -> Clip:
         per_step, fps = self.encoder.family.frames_per_step, sample.record.media[0].fps
