@@ -185,6 +185,9 @@ class DataConfig(Section):
     """Largest sum of the resized frames of a clip in pixels, as far as `min_pixels` allows; null: no limit."""
     upscale: bool = False
     """Allow a `min_pixels` that enlarges stored frames, which costs tokens and adds nothing to see."""
+    decoder: Literal["pyav", "torchcodec", "decord"] = "pyav"
+    """What decodes video; all give the same pixels. `decord` takes videos inside shards only, and the other two need
+    the `decode` extra."""
     workers: int = Field(0, ge=0)
     """Loader processes per rank."""
     max_bad: int = Field(100, ge=0)

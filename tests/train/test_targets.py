@@ -1,10 +1,12 @@
 """Promise: a mask supervises the temporal step that contains its frame and nothing else; bad samples are holes."""
 
 import io
+import sys
 import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from swim.data_tools.shards import ShardSet, ShardWriter, index_shard
 from swim.data_tools.synth import read_barcode, synthesise
 from swim.data_tools.video import choose_frames, decode_frames, encode_video
 from swim.kernels.mask_loss import unpack_masks
+from swim.train.config import ConfigError
 from swim.train.system import Request, build_system
 from swim.train.systems.swim.config import Config
 from swim.train.systems.swim.data import SwimCollator
@@ -423,6 +426,21 @@ def test_at_a_rate_masks_are_those_of_the_frames_that_are_seen(tmp_path):
         assert (coverage is None) == (not found)
         if found:
             np.testing.assert_allclose(coverage, np.mean(found, axis=0), rtol=0, atol=1e-9)
+
+
+def test_decord_gets_only_what_a_checksum_vouches_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(ConfigError, match=r"data.decoder=decord cannot be used: .*pip install 'decord==0.6.0'"):
+        collator_for(tmp_path, "data.decoder=decord")
+    monkeypatch.setitem(sys.modules, "decord", ModuleType("decord"))
+    collator = collator_for(tmp_path, "data.decoder=decord")
+    media = Media(path="a.mp4", kind="video", height=56, width=56, num_frames=12, fps=4)
+    record = Record(source="test", license="CC0-1.0", media=[media], objects=[], conversations=[ask("a")])
+    with ShardWriter(tmp_path) as writer:
+        writer.write("loose", record, {}, {})
+    (tmp_path / "a.mp4").write_bytes(b"<html>")
+    (hole,) = collator(everything(ShardSet(tmp_path))).holes
+    assert hole.reason.startswith("a.mp4: decord crashes on damaged files, and no checksum vouches for a loose one")
 
 
 def damaged(folder: Path, key: str, change: Mapping[str, bytes]) -> None:

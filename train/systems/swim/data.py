@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swim.data_tools.records import Masks, RecordError
 from swim.data_tools.shards import BadSample, Sample
-from swim.data_tools.video import VideoError, choose_frames, decode_frames
+from swim.data_tools.video import DecoderMissing, VideoError, check_decoder, choose_frames, decode_frames
 from swim.train.batch import Batch, BatchOptions, Hole, make_batch
 from swim.train.config import ConfigError, DataConfig
 from swim.train.encode import ConversationEncoder, Encoded, Noun
@@ -43,6 +43,10 @@ class SwimCollator:
         config: Config,
     ) -> None:
         self.encoder, self.data, self.options, self.config = encoder, data, options, config
+        try:
+            check_decoder(data.decoder)
+        except DecoderMissing as error:
+            raise ConfigError(str(error)) from None
         if encoder.family.stacks_clips and data.frame_sampling == "fps" and data.clips_per_pack != 1:
             raise ConfigError(
                 "data.frame_sampling fps gives clips different numbers of frames, and this model family needs equally "
@@ -132,12 +136,11 @@ class SwimCollator:
         if (chosen := self._choose(sample)) is None:
             return None
         media = sample.record.media[0]
-        pixels = decode_frames(sample.media(), chosen)
-        if pixels.shape[1:3] != (media.height, media.width):
-            raise VideoError(
-                f"video of {sample.key} has frames of {pixels.shape[2]}x{pixels.shape[1]} pixels, its record says "
-                f"{media.width}x{media.height}; correct the record"
-            )
+        if self.data.decoder == "decord" and media.member is None:
+            problem = "decord crashes on damaged files, and no checksum vouches for a loose one"
+            raise VideoError(f"{media.path}: {problem}; put it into a shard or set data.decoder=pyav")
+        size = media.height, media.width
+        pixels = decode_frames(sample.media(), chosen, size=size, decoder=self.data.decoder)
         cells, grid = self.encoder.family.pixels(pixels, **self.data.pixel_limits(len(chosen)))
         return self._clip(sample, chosen, cells, grid)
 

@@ -138,7 +138,8 @@ def inspect_clip(shards: ShardSet, key: str, system: SwimSystem) -> Entry:
         labels = {thing.id: f"{thing.label} (id {thing.id})" for thing in sample.record.objects}
         targets = []
         if clip is not None:
-            frames = _drawn(decode_frames(sample.media(), [frame for step in clip.frames for frame in step]))
+            numbers = [frame for step in clip.frames for frame in step]
+            frames = _drawn(decode_frames(sample.media(), numbers, decoder=collator.data.decoder))
             for ids, coverages in found_targets.items():
                 names = [labels.get(name, name) for name in ids]
                 strips = list(_strips(clip, frames, ids, coverages, sample.masks, " and ".join(names)))
