@@ -24,6 +24,8 @@ PINS = {"torchcodec": "torchcodec==0.13.0", "decord": "decord==0.6.0"}
 MAX_FRAME_PIXELS = 8192 * 4320  # 8K; a frame has 100 MiB as RGB
 REENCODE = "re-encode it, e.g. ffmpeg -i IN -map 0:v:0 -c:v libx264 -pix_fmt yuv420p -an OUT.mp4"
 
+SHRINK = "make it smaller, e.g. ffmpeg -i IN -vf scale=1920:-2 OUT.mp4"
+
 
 class VideoError(ValueError):
     """A video cannot be used; the message says what was found and how to repair it."""
@@ -263,8 +265,7 @@ def _check_size(found: Sequence[int], size: tuple[int, int] | None) -> None:
     if size is not None and tuple(found) != tuple(size):
         raise VideoError(f"frames of {_shown(found)} pixels, its record says {_shown(size)}; correct the record")
     if found[0] * found[1] > MAX_FRAME_PIXELS:
-        problem = f"frames of {_shown(found)} pixels, the limit is {MAX_FRAME_PIXELS} in all"
-        raise VideoError(f"{problem}; make it smaller, e.g. ffmpeg -i IN -vf scale=1920:-2 OUT.mp4")
+        raise VideoError(f"frames of {_shown(found)} pixels, the limit is {MAX_FRAME_PIXELS} in all; {SHRINK}")
 
 
 def _first_line(error: Exception) -> str:
@@ -331,18 +332,21 @@ def choose_frames(num_frames: int, count: int, annotated: Sequence[int] | None =
 def open_video(source: bytes | Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Container and its largest video stream; whatever FFmpeg raises inside becomes a VideoError."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    # FFmpeg's own limit: larger frames get no memory, neither when it looks what is in a file nor where sizes change.
+    limit = {"max_pixels": str(MAX_FRAME_PIXELS)}
     try:
         # A file object instead of a name, and no protocols: a playlist in disguise must not open other files.
         with (
             closing(io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")) as file,
-            av.open(file, "r", options={"protocol_whitelist": "none"}) as container,
+            av.open(file, "r", options={"protocol_whitelist": "none", **limit}) as container,
         ):
             stream = max(container.streams.video, key=lambda stream: stream.width * stream.height, default=None)
             if stream is None:
                 raise VideoError("no video stream in it; give a video file")
+            if not stream.width * stream.height:
+                raise VideoError(f"frames of no size, or of more than {MAX_FRAME_PIXELS} pixels; {SHRINK}")
             _check_size((stream.height, stream.width), None)
-            # Frames that are larger than the container says are refused before they get memory.
-            stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+            stream.codec_context.options = limit
             stream.codec_context.thread_count = 1  # loader workers are the parallelism
             yield container, stream
     except VideoError as error:

@@ -150,7 +150,7 @@ def test_a_wrong_size_costs_nothing(numbered: np.ndarray, decoder: Decoder, monk
     with pytest.raises(VideoError, match=r"frame.*4"):
         decode_frames(data, [0, 4], decoder=decoder)
     monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 112 * 112 - 1)
-    with pytest.raises(VideoError, match=r"frames of 112x112 pixels, the limit is 12543 in all; make it smaller, e.g."):
+    with pytest.raises(VideoError, match=r"frames of (112x112|no size).* 12543 .*make it smaller, e.g. ffmpeg"):
         decode_frames(data, [0], decoder=decoder)
 
 
@@ -177,7 +177,7 @@ def test_a_huge_frame_costs_an_error_and_no_memory(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", MEASURE, path], env=environment(), capture_output=True, text=True)
     *errors, grown = done.stdout.splitlines()
     assert len(errors) == 2, done.stderr
-    assert all("frames of 16000x16000 pixels, the limit is 35389440 in all" in error for error in errors)
+    assert all("more than 35389440 pixels; make it smaller, e.g. ffmpeg" in error for error in errors)
     assert int(grown) < 100 << 10, "KiB"
 
 
