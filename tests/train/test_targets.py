@@ -24,7 +24,7 @@ from swim.train.system import Request, build_system
 from swim.train.systems.swim.config import Config
 from swim.train.systems.swim.data import SwimCollator
 from swim.train.systems.swim.objective import mask_term
-from swim.train.systems.swim.targets import Targets, build_targets, step_coverage, step_masks
+from swim.train.systems.swim.targets import Targets, build_targets, step_coverages, step_masks
 
 SIZE = (56, 56)
 GRID = (4, 4)
@@ -47,6 +47,11 @@ LEFT, RIGHT, MIDDLE = (slice(0, 4), slice(0, 1)), (slice(0, 4), slice(3, 4)), (s
 
 
 # ---- which mask counts where
+
+
+def step_coverage(ids, masks, frames, grid):
+    ((coverage,),) = step_coverages([ids], masks, [frames], grid)
+    return coverage
 
 
 def test_a_mask_belongs_to_the_step_whose_frames_contain_it():

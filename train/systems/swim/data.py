@@ -17,7 +17,7 @@ from swim.train.encode import ConversationEncoder, Encoded, Noun
 from swim.train.families import Clip
 from swim.train.system import Request
 from swim.train.systems.swim.config import Config
-from swim.train.systems.swim.targets import Targets, build_targets, step_coverage, step_masks
+from swim.train.systems.swim.targets import Targets, build_targets, step_coverages, step_masks
 
 
 @dataclass
@@ -70,20 +70,25 @@ class SwimCollator:
         batch = make_batch(chosen, self.encoder, self.options, holes=holes)
         on_pixels = self.config.mask_side == "pixel"
         # Nouns of the same objects, such as the sub-tokens of one, share their targets' decoding.
-        found: dict[Any, tuple[tuple[np.ndarray | None, ...], list[list[np.ndarray]]]] = {}
-        keys, grids = [], []
+        wanted: dict[int, tuple[Masks, Clip, list[tuple[str, ...]]]] = {}
         for noun in batch.nouns:
             clip, of_clip = batch.clips[noun.conversation], masks[noun.conversation]
             assert clip is not None  # only conversations with a clip own nouns
-            grids.append(clip.grid[1:])
-            keys.append((id(of_clip), noun.object_ids))
-            if keys[-1] not in found:
-                place = (noun.object_ids, of_clip)
-                coverage = tuple(step_coverage(*place, frames, grids[-1]) for frames in clip.frames)
-                frame_masks = [step_masks(*place, frames, grids[-1]) for frames in clip.frames] if on_pixels else []
-                found[keys[-1]] = coverage, frame_masks
-        coverages = tuple(found[key][0] for key in keys)
-        pixels = [found[key][1] for key in keys] if on_pixels else None
+            objects = wanted.setdefault(id(of_clip), (of_clip, clip, []))[2]
+            if noun.object_ids not in objects:
+                objects.append(noun.object_ids)
+        covered: dict[Any, tuple[np.ndarray | None, ...]] = {}
+        drawn: dict[Any, list[list[np.ndarray]]] = {}
+        for number, (of_clip, clip, objects) in wanted.items():
+            grid = clip.grid[1:]
+            for ids, coverage in zip(objects, step_coverages(objects, of_clip, clip.frames, grid)):
+                covered[number, ids] = coverage
+                if on_pixels:
+                    drawn[number, ids] = [step_masks(ids, of_clip, frames, grid) for frames in clip.frames]
+        keys = [(id(masks[noun.conversation]), noun.object_ids) for noun in batch.nouns]
+        grids = [wanted[number][1].grid[1:] for number, _ in keys]
+        coverages = tuple(covered[key] for key in keys)
+        pixels = [drawn[key] for key in keys] if on_pixels else None
         targets, counts = build_targets(coverages, grids, self.config, masks=pixels)
         fields = {**batch.__dict__, "counts": {**batch.counts, **counts}}
         return SwimBatch(**fields, targets=targets, coverages=coverages)
