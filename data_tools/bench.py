@@ -138,9 +138,9 @@ def bench_plan(clips: int) -> dict[str, float]:
     lengths = Lengths(tokens, rng.integers(20, 60, clips), zeros, tokens * 1.2e10 * (1 + tokens / BUDGET))
     model = TokenModel((lengths,), True, 3, 1.3e10, 4e5, "t")
     options = PlanOptions(packs_per_step=PACKS, seed=0, tokens_per_pack=BUDGET)
-    began = time.perf_counter()
+    began = time.process_time()
     plan = make_plan([DataSet("x", "x", facts, [])], options, 0, model)
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     assert plan.tokens is not None
     return {
         "seconds": seconds,
