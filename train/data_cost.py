@@ -68,7 +68,11 @@ def cores_per_gpu(cost: SampleCost, samples: int, step_seconds: float | None) ->
     """Cores that make `samples` a step on one GPU, whose time is given or assumed from ASSUMED_FLOPS."""
     per_sample = sum(cost.seconds.values())
     step = samples * cost.flops / ASSUMED_FLOPS if step_seconds is None else step_seconds
-    source = f"assumed: {ASSUMED_FLOPS:.0e} operations a second on a GPU" if step_seconds is None else "given"
+    source = (
+        f"assumed: {ASSUMED_FLOPS:.0e} operations a second on a GPU, no weight frozen"
+        if step_seconds is None
+        else "given"
+    )
     return {
         "samples_per_step": samples,
         "step_seconds": step,
