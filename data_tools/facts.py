@@ -13,17 +13,19 @@ import numpy as np
 if TYPE_CHECKING:
     from swim.data_tools.index import Entry
 
-FACTS_VERSION = 1  # raise it when the arrays change
+FACTS_VERSION = 2  # raise it when the arrays change
 
 
 @dataclass(frozen=True)
 class Facts:
-    """N clips with C conversations: number of each clip's conversations, shard and (height, width) in pixels, (0, 0)
-    without media; names of tasks, and the number of each conversation's."""
+    """N clips with C conversations: number of each clip's conversations, shard, (height, width) in pixels, frames and
+    their rate in 1/s, zeros without media; names of tasks, and the number of each conversation's."""
 
     counts: np.ndarray
     shards: np.ndarray
     sizes: np.ndarray
+    num_frames: np.ndarray
+    fps: np.ndarray
     task_names: np.ndarray
     tasks: np.ndarray
 
@@ -35,18 +37,22 @@ class Facts:
 
 def facts_of(entries: "Iterable[Entry]") -> Facts:
     """Facts of entries, in their order; they are looked at one after the other."""
-    counts, sizes, shards, tasks = [], [], [], []
+    counts, sizes, timing, shards, tasks = [], [], [], [], []
     shard_numbers: dict[str, int] = {}
     task_numbers: dict[str, int] = {}
     for entry in entries:
         counts.append(len(entry.conversations))
         sizes.append((entry.height, entry.width))
+        timing.append((entry.num_frames, entry.fps))
         shards.append(shard_numbers.setdefault(entry.shard, len(shard_numbers)))
         tasks += [task_numbers.setdefault(facts.task, len(task_numbers)) for facts in entry.conversations]
+    num_frames, fps = np.array(timing, dtype=np.float64).reshape(-1, 2).T
     return Facts(
         counts=np.array(counts, dtype=np.int64),
         shards=np.array(shards, dtype=np.int64),
         sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+        num_frames=num_frames.astype(np.int64),
+        fps=fps.copy(),
         task_names=np.array(list(task_numbers), dtype=np.str_),
         tasks=np.array(tasks, dtype=np.int64),
     )

@@ -88,11 +88,12 @@ class _Pickler(pickle.Pickler):
     """Tensors as buffers: torch's own way copies their bytes into the pickle."""
 
     def reducer_override(self, value: Any) -> Any:
-        if type(value) is not torch.Tensor or value.requires_grad or not value.numel():
+        if type(value) is not torch.Tensor or value.requires_grad:
             return NotImplemented
+        # Also an empty one: torch would send all that it is a view of.
         data = value.contiguous().view(-1).view(torch.uint8).numpy().data
-        return _tensor, (pickle.PickleBuffer(data), value.dtype, value.shape)
+        return _tensor, (pickle.PickleBuffer(data) if value.numel() else b"", value.dtype, value.shape)
 
 
 def _tensor(data: memoryview, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
-    return torch.frombuffer(data, dtype=dtype).view(shape)
+    return torch.frombuffer(data, dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)

@@ -218,7 +218,7 @@ def _changes(then: dict[str, Any], now: dict[str, Any], names: Sequence[str]) ->
                 f"{name} has other shards or layers (index digest {old['digest'][:12]} then, {new['digest'][:12]} now)"
             )
         elif not tokens_may_differ and old.get("tokens") != new.get("tokens"):
-            found.append(f"{name} has other numbers of tokens (data.num_frames, min_pixels, max_pixels?)")
+            found.append(f"{name} has other numbers of tokens (data.num_frames, fps, or a limit of pixels?)")
         if old["repeat"] != new["repeat"]:
             found.append(f"{name} came {old['repeat']:g} times an epoch, now {new['repeat']:g}")
     for key in sorted((then.keys() | now.keys()) - {"data", "tokenizer"}):

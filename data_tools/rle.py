@@ -1,6 +1,8 @@
 """COCO run-length masks: strings to runs, runs to grid-cell coverage, without ever building the full-size mask."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,36 +11,67 @@ from pycocotools import mask as coco
 if TYPE_CHECKING:
     from swim.data_tools.records import Rle
 
+Crop = tuple[float, float, float, float]
+"""Top, left, bottom, right in pixels of a mask."""
 MAX_MASK_SIDE = 16384
 MAX_CHARS_PER_RUN = 7  # 35 bits: more than any image, and far from overflowing int64
 
 
 def decode_counts(counts: str) -> np.ndarray:
     """Run lengths int64 [R] of a COCO compressed string, background first; ValueError if the string is damaged."""
-    codes = np.frombuffer(counts.encode("utf-32-le"), "<u4").astype(np.int64) - 48
-    if codes.size == 0:
+    return _decode([counts])[0]
+
+
+def _decode(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Run lengths of several strings one behind the other, and how many each has."""
+    sizes = np.array([len(string) for string in strings])
+    if not sizes.all():
         raise ValueError("the RLE string is empty")
-    outside = np.flatnonzero((codes < 0) | (codes > 63))
-    if outside.size:
-        at = int(outside[0])
-        raise ValueError(f"character {counts[at]!r} at position {at} is outside the RLE alphabet '0'..'o'")
-    final = (codes & 32) == 0  # bit 5 says that the number goes on in the next character
-    if not final[-1]:
-        raise ValueError(f"the RLE string ends inside a number (length {codes.size})")
-    ends = np.flatnonzero(final)
-    starts = np.concatenate(([0], ends[:-1] + 1))
+    text = "".join(strings)
+    codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8) - np.uint8(48)
+    ends = np.flatnonzero(codes < 32)  # bit 5 says that the number goes on in the next character
+    starts = np.append(0, ends[:-1] + 1)
     lengths = ends - starts + 1
-    if lengths.max() > MAX_CHARS_PER_RUN:
-        raise ValueError(f"an RLE number has {lengths.max()} characters, the limit is {MAX_CHARS_PER_RUN}")
-    place = np.arange(codes.size) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((codes & 31) << (5 * place), starts)
-    runs -= ((codes[ends] & 16) != 0).astype(np.int64) << (5 * lengths)  # bit 4 of the last character is the sign
+    outside = not text.isascii() or codes.max() > 63
+    if outside or (codes[np.cumsum(sizes) - 1] > 31).any() or lengths.max() > MAX_CHARS_PER_RUN:
+        raise ValueError(next(problem for string in strings if (problem := _damage(string))))
+    bits = codes & 31
+    runs = bits[starts].astype(np.int64)
+    for place in range(1, int(lengths.max())):
+        longer = np.flatnonzero(lengths > place)
+        runs[longer] += bits[starts[longer] + place].astype(np.int64) << (5 * place)
+    runs -= (codes[ends] >> 4 & 1).astype(np.int64) << (5 * lengths)  # bit 4 of the last character is the sign
+    counts = np.diff(np.searchsorted(ends, np.cumsum(sizes) - 1), prepend=-1)
+    first = np.cumsum(counts) - counts
     # From the fourth number on, each is the difference to the number two before it.
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
+    odd = _places(counts) % 2 == 1
+    chains = np.where(odd, 0, runs), np.where(odd, runs, 0)
+    chains[0][first] = 0  # the first number is in none
+    even_sum, odd_sum = (total - np.repeat(total[first], counts) for total in map(np.cumsum, chains))
+    starts_with = runs[first]
+    runs = np.where(odd, odd_sum, even_sum)
+    runs[first] = starts_with
     if runs.min() < 0:
-        raise ValueError(f"run {int(np.argmin(runs))} has the negative length {runs.min()}")
-    return runs
+        worst = int(np.argmin(runs))
+        run = worst - int(first[np.searchsorted(first, worst, side="right") - 1])
+        raise ValueError(f"run {run} has the negative length {runs[worst]}")
+    return runs, counts
+
+
+def _damage(string: str) -> str:
+    """What is wrong with the characters of a string, if anything."""
+    at = next((i for i, letter in enumerate(string) if not "0" <= letter <= "o"), None)
+    if at is not None:
+        return f"character {string[at]!r} at position {at} is outside the RLE alphabet '0'..'o'"
+    if string[-1] > "O":
+        return f"the RLE string ends inside a number (length {len(string)})"
+    longest = 1 + max(len(more) for more in re.split("[0-O]", string))
+    return f"an RLE number has {longest} characters, the limit is {MAX_CHARS_PER_RUN}" * (longest > MAX_CHARS_PER_RUN)
+
+
+def _places(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... up to each count, one behind the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -93,29 +126,79 @@ def _checked(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def decode_mask(rle: "Rle | Mapping[str, Any]") -> np.ndarray:
-    """Bool mask [H, W] of an RLE, for reports and tests; training reads `cell_coverage`."""
+    """Bool mask [H, W] of an RLE, for reports and tests; training reads `clip_coverage`."""
     size, counts = _unpack(rle)
     return coco.decode({"size": list(size), "counts": counts.encode("ascii")}).astype(bool)
 
 
-def cell_coverage(rle: "Rle | Mapping[str, Any]", grid: tuple[int, int]) -> np.ndarray:
-    """Exact covered share float64 [h, w] of each cell of an h x w grid laid over the whole image.
+def clip_coverage(
+    rles: "Sequence[Rle | Mapping[str, Any]]", grid: tuple[int, int], *, crop: Crop | None = None, flip: bool = False
+) -> np.ndarray:
+    """Exact covered share float64 [N, h, w] of each cell of an h x w grid laid over the whole image, for N masks.
 
-    Area shares do not change when the image is resized, so the mask's own size need not be the model's.
+    Area shares do not change when the image is resized, so the masks' own sizes need not be the model's. With `crop`,
+    the grid lies over that part alone: (top, left, bottom, right) in pixels of the mask, whole or not; `flip` mirrors
+    the result left to right. ValueError for a damaged mask or a crop outside of it.
     """
-    (height, width), counts = _unpack(rle)
+    coverage_Nhw = np.empty((len(rles), *grid))
+    masks = [(tuple(size), counts) for size, counts in map(_unpack, rles)]
+    cover = _compiled() or _cover
+    for size in dict.fromkeys(size for size, _ in masks):  # of one clip, nearly always one
+        box = crop or (0.0, 0.0, float(size[0]), float(size[1]))
+        if not all(0 <= low < high <= side for low, high, side in zip(box[:2], box[2:], size)):
+            raise ValueError(f"crop {box} is not (top, left, bottom, right) inside a mask of {size[0]} x {size[1]}")
+        own = [number for number, mask in enumerate(masks) if mask[0] == size]
+        runs, counts = _decode([masks[number][1] for number in own])
+        coverage_Nhw[own] = cover(runs, counts, size[0], box, grid)
+    return coverage_Nhw[..., ::-1] if flip else coverage_Nhw
+
+
+def _cover(runs: np.ndarray, counts: np.ndarray, height: int, box: Crop, grid: tuple[int, int]) -> np.ndarray:
+    """Coverage [N, h, w] of a box of masks of equal height, given by their runs and how many each has.
+
+    The covered area is the sum over the borders of all runs, with a sign, of the area in front of the border. Runs go
+    down the columns: that area is whole columns, and a part of the border's own.
+    """
     rows, columns = grid
-    edges = np.cumsum(decode_counts(counts))
-    edges = edges[: edges.size // 2 * 2]  # drops the last background run; pairs (start, end) remain
-    sign = np.tile([-1.0, 1.0], edges.size // 2)
-    column, row = np.divmod(edges, height)  # runs go down the columns
-    # In units of one cell, the area before position (column, row) inside cell (j, i) is U_i + V_i * Y_j: U the whole
-    # columns to the left, V the column the position lies in, Y the part of that column above it.
-    cell = np.arange(columns)
-    left = np.clip(column[:, None] * (columns / width) - cell, 0, 1)
-    own = np.clip((column[:, None] + 1) * (columns / width) - cell, 0, 1) - left
-    above = np.clip(row[:, None] * (rows / height) - np.arange(rows), 0, 1)
-    return np.clip(sign @ left + above.T @ (sign[:, None] * own), 0, 1)
+    first, totals = np.cumsum(counts) - counts, np.cumsum(runs)
+    borders = totals - np.repeat(totals[first] - runs[first], counts)
+    place, paired = _places(counts), counts // 2 * 2  # the last background ends at no border
+    kept = place < np.repeat(paired, counts)
+    border, sign, mask = borders[kept], place[kept] % 2 * 2.0 - 1, np.repeat(np.arange(len(counts)), paired)
+    top, left, bottom, right = box
+    column = np.floor(border / height)
+    x0, x1 = (np.clip((column + k - left) * (columns / (right - left)), 0, columns) for k in (0, 1))
+    y = np.clip((border - column * height - top) * (rows / (bottom - top)), 0, rows)
+    # Both borders of a run inside one column have the same whole columns in front, which cancel.
+    crossing = np.repeat(column[::2] != column[1::2], 2)
+    whole_NC = _in_front(x0[crossing], sign[crossing], mask[crossing], len(counts), columns)
+    num_cells = (np.ceil(x1) - np.floor(x0)).astype(np.intp)  # that the border's column crosses
+    part = np.repeat(np.arange(len(border)), num_cells)
+    cell = np.floor(x0)[part] + _places(num_cells)
+    width = np.minimum(x1[part], cell + 1) - np.maximum(x0[part], cell)
+    bins = mask[part] * columns + cell.astype(np.intp)
+    part_NCR = _in_front(y[part], sign[part] * width, bins, len(counts) * columns, rows).reshape(-1, columns, rows)
+    return np.clip((part_NCR + whole_NC[..., None]).transpose(0, 2, 1), 0, 1)
+
+
+def _in_front(at: np.ndarray, weight: np.ndarray, bins: np.ndarray, num_bins: int, num_cells: int) -> np.ndarray:
+    """[num_bins, num_cells]: sums over each bin of weight x clip(at - cell, 0, 1), the share of a cell in front of
+    `at`."""
+    # As cells from the last to the first: one number where `at` lies, one in the cell before, and a running sum.
+    cell = np.floor(at)
+    own = weight * (at - cell)
+    place = bins * (num_cells + 2) + cell.astype(np.intp)
+    change = np.bincount(np.append(place + 1, place), np.append(own, weight - own), num_bins * (num_cells + 2))
+    return change.reshape(num_bins, num_cells + 2)[:, ::-1].cumsum(1)[:, -2:0:-1]
+
+
+@functools.cache
+def _compiled() -> Callable[..., np.ndarray] | None:
+    try:
+        from swim.data_tools.rle_numba import cover
+    except ImportError:
+        return None
+    return cover
 
 
 def _unpack(rle: "Rle | Mapping[str, Any]") -> tuple[tuple[int, int], str]:

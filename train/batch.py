@@ -160,7 +160,7 @@ def make_batch(
         table=table,
         nouns=nouns,
         # Without the pixels, which are among the inputs: a batch crosses from the loader's process to the trainer's.
-        clips=[clip and replace(clip, pixels=clip.pixels[:0]) for clip in clips],
+        clips=[clip and replace(clip, pixels=torch.empty(0)) for clip in clips],
         ids=[name for name, _, _ in conversations],
         num_tokens=layout.num_tokens,
         counts={"text": float(len(labels["labels"])), "blind_nouns": float(_num_blind(encoded, clips))},

@@ -126,6 +126,35 @@ def replay(
         raise typer.Exit(1)
 
 
+@data_app.command()
+@one_message
+def bench(
+    folder: Folder,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Of the recipe: section.key=value ...")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Also the cores that feed a GPU with samples of a recipe.")] = None,
+    step_seconds: Annotated[
+        float | None, typer.Option(min=1e-6, help="Time of a step on a GPU; without it, one is assumed.")
+    ] = None,
+    samples_per_step: Annotated[int, typer.Option(min=1, help="Clips of a step on one GPU.")] = 4,
+    limit: Annotated[int, typer.Option(min=1, help="Clips of the folder that are measured with the recipe.")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure masks, reads, decoders and planning on this machine, and the CPU cores a GPU needs. Takes a minute."""
+    from swim.data_tools.bench import bench as measured
+    from swim.data_tools.bench import table
+    from swim.data_tools.shards import ShardSet
+    from swim.train.config import load_config
+    from swim.train.data_cost import cores_per_gpu, sample_cost
+
+    shards = ShardSet(folder)
+    found = {}
+    if recipe is not None:
+        cost = sample_cost(load_config(recipe, overrides or ()), shards, limit)
+        found["recipe"] = cost._asdict() | cores_per_gpu(cost, samples_per_step, step_seconds)
+    found |= measured(shards)
+    print(json.dumps(found, indent=2) if as_json else table(found))
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the demo.")] = Path("runs/demo"),

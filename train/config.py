@@ -183,13 +183,25 @@ class DataConfig(Section):
     packed: bool = False
     """Lay all sequences of a micro-batch into one row instead of padding each."""
     num_frames: int = Field(32, gt=0)
-    """Frames sampled per clip."""
-    frame_sampling: Literal["annotated", "uniform"] = "annotated"
-    """Uniform segments; `annotated` moves each to the nearest frame with a mask in its segment."""
+    """Frames sampled per clip; with `fps`, the most."""
+    frame_sampling: Literal["annotated", "uniform", "fps"] = "annotated"
+    """The middles of `num_frames` equal segments (`uniform`), each moved to the nearest frame with a mask in its
+    segment (`annotated`); or of as many segments as `fps` times the clip's seconds (`fps`)."""
+    fps: float = Field(2.0, gt=0)
+    """Frames per second of frame_sampling `fps`."""
+    min_frames: int = Field(4, gt=0)
+    """Fewest frames of frame_sampling `fps`, for clips that have so many."""
     min_pixels: int = Field(28 * 28 * 4, gt=0)
     """Smallest resized frame in pixels."""
     max_pixels: int = Field(28 * 28 * 768, gt=0)
     """Largest resized frame in pixels."""
+    clip_pixels: int | None = Field(None, gt=0)
+    """Largest sum of the resized frames of a clip in pixels, as far as `min_pixels` allows; null: no limit."""
+    upscale: bool = False
+    """Allow a `min_pixels` that enlarges stored frames, which costs tokens and adds nothing to see."""
+    decoder: Literal["pyav", "torchcodec", "decord"] = "pyav"
+    """What decodes video; all give the same pixels. `decord` takes videos inside shards only, and the other two need
+    the `decode` extra."""
     workers: int = Field(1, ge=0)
     """Loader processes per rank; 0 reads in the training process, which a crashing decoder then ends."""
     deadline_s: float = Field(120.0, gt=0)
@@ -237,6 +249,23 @@ class DataConfig(Section):
         if self.min_pixels > self.max_pixels:
             raise ValueError(f"data.min_pixels {self.min_pixels} is above data.max_pixels {self.max_pixels}")
         return self
+
+    @model_validator(mode="after")
+    def _frames_in_order(self) -> "DataConfig":
+        if self.frame_sampling == "fps" and self.min_frames > self.num_frames:
+            raise ValueError(f"data.min_frames {self.min_frames} is above data.num_frames {self.num_frames}")
+        return self
+
+    def frames_of(self, stored: int, fps: float) -> int:
+        """Number of frames sampled of a clip of `stored` frames at `fps` per second."""
+        if self.frame_sampling != "fps":
+            return self.num_frames
+        return min(max(int(stored / fps * self.fps), self.min_frames), self.num_frames, stored)
+
+    def pixel_limits(self, num_frames: int) -> dict[str, int]:
+        """`min_pixels` and `max_pixels` of each of so many sampled frames."""
+        most = self.max_pixels if self.clip_pixels is None else min(self.max_pixels, self.clip_pixels // num_frames)
+        return {"min_pixels": self.min_pixels, "max_pixels": max(most, self.min_pixels)}
 
 
 class OptimConfig(Section):

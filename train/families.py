@@ -57,6 +57,7 @@ class Family(ABC):
     token: str  # the placeholder that the model replaces by visual features
     token_id: int
     names_times = False  # whether `text` depends on which frames were sampled, not only on their number
+    stacks_clips = False  # whether the clips of a batch need equally many frames
 
     @abstractmethod
     def grid(self, num_frames: int, size: tuple[int, int], *, min_pixels: int, max_pixels: int) -> tuple[int, int, int]:
@@ -244,6 +245,7 @@ class LlavaOnevision(_SquareFrames):
     """
 
     strategy = "full"
+    stacks_clips = True
 
     def __init__(self, config: Any, tokenizer: Any) -> None:
         super().__init__(config)

@@ -1,7 +1,7 @@
 """How many tokens every conversation has and what they cost, without decoding: what the plan needs to fill packs.
 
 Text is counted once, by the very code that makes batches, and kept in `run.output`/.cache, one file per data set and
-way of counting. Visual tokens follow from the index facts and the pixel budget.
+way of counting. Visual tokens follow from the index facts (size, frames, rate), the sampling and the pixel budget.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from swim.data_tools.facts import load_arrays, save_arrays
+from swim.data_tools.mixture import PlanError
 from swim.data_tools.packing import Lengths, TokenModel
 from swim.data_tools.shards import BadSample, ShardSet
 from swim.data_tools.video import VideoError
@@ -49,6 +50,31 @@ def token_model(config: Config, system: System, shards: Sequence[ShardSet]) -> T
         lengths.append(_lengths(one, text, family, config, cost))
     dummy = len(collator.encoder.clip_tokens(family.dummy())[0])
     return TokenModel(tuple(lengths), config.data.shared_prefix, dummy, cost.linear, cost.pair, tokenizer)
+
+
+def refuse_upscaling(config: Config, family: Family, shards: Sequence[ShardSet]) -> None:
+    """PlanError if `data.min_pixels` makes stored frames larger, unless `data.upscale` allows it."""
+    data = config.data
+
+    def enlarged(size: tuple[int, int]) -> bool:
+        try:
+            free, limited = (
+                family.grid(1, size, min_pixels=least, max_pixels=data.max_pixels) for least in (1, data.min_pixels)
+            )
+        except VideoError:
+            return False  # a hole in training
+        return limited > free
+
+    for one in () if data.upscale else shards:
+        sizes, counts = np.unique(one.facts.sizes, axis=0, return_counts=True)
+        small = {(h, w): n for (h, w), n in zip(sizes.tolist(), counts.tolist()) if h and enlarged((h, w))}
+        if small:
+            height, width = min(small, key=lambda size: size[0] * size[1])
+            raise PlanError(
+                f"{one.folder}: data.min_pixels {data.min_pixels} enlarges the frames of {sum(small.values()):,} of "
+                f"{len(one):,} clips, the smallest of {width}x{height} pixels: more tokens, nothing more to see. Lower "
+                f"it to {height * width}, store larger videos, or set data.upscale=true"
+            )
 
 
 class Cost:
@@ -90,7 +116,7 @@ def _fingerprint(config: Config, system: System) -> str:
     tokenizer = system.tokenizer
     # Which frames are sampled matters only where the text names their times.
     sampling = config.data.frame_sampling if family.names_times else None
-    parts = (
+    parts: tuple[Any, ...] = (
         tokenizer.backend_tokenizer.to_str(),
         tokenizer.chat_template,
         type(family).__name__,
@@ -98,6 +124,8 @@ def _fingerprint(config: Config, system: System) -> str:
         sampling,
         config.system["name"],
     )
+    if config.data.frame_sampling == "fps":  # with the number of frames, the text differs in every family
+        parts += ("fps", config.data.fps, config.data.min_frames)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -146,18 +174,22 @@ def _lengths(shards: ShardSet, text: TextCounts, family: Family, config: Config,
     data = config.data
     model = replace(family.dummy(), pixels=torch.empty(0))
 
-    def of_size(size: tuple[int, int]) -> tuple[int, float]:
+    def of_frames(num_frames: int, height: int, width: int) -> tuple[int, float]:
         """Visual tokens beyond one a run, and cost; -1 for frames that cannot be resized."""
-        if not any(size):
+        if not height:
             return 0, 0.0  # text alone
         try:
-            grid = family.grid(data.num_frames, size, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+            grid = family.grid(num_frames, (height, width), **data.pixel_limits(num_frames))
         except VideoError:
             return -1, 0.0
         return _runs(family, replace(model, grid=grid)), cost.vision(grid)
 
-    sizes, which = np.unique(shards.facts.sizes, axis=0, return_inverse=True)
-    visual, vision = np.array([of_size((int(h), int(w))) for h, w in sizes]).reshape(-1, 2)[which.reshape(-1)].T
+    facts = shards.facts
+    timing, which = np.unique(np.stack([facts.num_frames, facts.fps], 1), axis=0, return_inverse=True)
+    sampled = np.array([data.frames_of(int(n), fps) if n else 0 for n, fps in timing.tolist()], np.int64)
+    clips = np.column_stack([sampled[which.reshape(-1)], facts.sizes])
+    kinds, which = np.unique(clips, axis=0, return_inverse=True)
+    visual, vision = np.array([of_frames(*kind) for kind in kinds.tolist()]).reshape(-1, 2)[which.reshape(-1)].T
     visual = np.repeat(visual.astype(np.int64), shards.facts.counts)
     usable = (text.tokens > 0) & (visual >= 0)
     prefix = np.where(usable & (text.prefix > 0), text.prefix + visual, 0)

@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from swim.data_tools.records import Rle
-from swim.data_tools.rle import cell_coverage, encode_mask
+from swim.data_tools.rle import clip_coverage, encode_mask
 from swim.kernels.noun_attention import ClipKeys, Row, build_work_table
 from swim.train.attention import MODEL_KWARG, Capture
 from swim.train.batch import moved
@@ -191,5 +190,5 @@ def _grids(config: Any, inputs: Mapping[str, Tensor]) -> dict[int, tuple[int, in
 
 
 def _coverage(masks: Sequence[np.ndarray], grid: tuple[int, int]) -> np.ndarray | None:
-    shares = [cell_coverage(Rle(**encode_mask(np.asarray(mask, dtype=bool))), grid) for mask in masks]
-    return np.mean(shares, axis=0) if shares else None
+    rles = [encode_mask(np.asarray(mask, dtype=bool)) for mask in masks]
+    return clip_coverage(rles, grid).mean(axis=0) if rles else None

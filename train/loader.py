@@ -14,7 +14,7 @@ from swim.data_tools.shards import BadSample, ShardSet
 from swim.data_tools.storage import FileCache
 from swim.train.batch import Batch, Hole
 from swim.train.config import Config
-from swim.train.lengths import token_model
+from swim.train.lengths import refuse_upscaling, token_model
 from swim.train.system import Collator, Request, System
 
 
@@ -54,6 +54,8 @@ class Order:
             max_conversations=data.max_conversations,
             shuffle_shards=data.shuffle_shards,
         )
+        if system is not None:
+            refuse_upscaling(config, system.collator.encoder.family, self.shards)
         counted = counted or data.tokens_per_pack is not None
         self._tokens = token_model(config, system, self.shards) if counted and system is not None else None
         self._plans: dict[int, Plan] = {}

@@ -16,7 +16,7 @@ from swim.data_tools.video import choose_frames
 from swim.train.cli import app
 from swim.train.systems.swim import inspect
 from swim.train.systems.swim.model import SwimSystem
-from swim.train.systems.swim.targets import step_coverage
+from swim.train.systems.swim.targets import step_coverages
 
 HOSTILE = """"><script>alert('x')</script>{{ 7*7 }}"""
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(40)
@@ -61,7 +61,7 @@ def test_the_coverage_shown_is_the_one_that_training_takes(
         assert [len(target.coverages) for target in entry.targets] == [2, 2, 2]
         assert len(drawn) == 3
         for name, strip in zip((first, second, third), drawn):
-            steps = [step_coverage([name], masks, pair, (6, 6)) for pair in (chosen[:2], chosen[2:])]
+            (steps,) = step_coverages([[name]], masks, [chosen[:2], chosen[2:]], (6, 6))
             shown = [np.full((6, 6), np.nan) if steps[i // 2] is None else steps[i // 2] for i in range(4)]
             np.testing.assert_array_equal(strip["maps"]["coverage"], shown)
             assert strip["titles"] == [f"step {i // 2} · frame {frame}" for i, frame in enumerate(chosen)]

@@ -241,7 +241,7 @@ def test_a_changed_tokenizer_or_number_of_tokens_is_named() -> None:
     longer = replace(model.lengths[1], branch=model.lengths[1].branch + (model.lengths[1].branch > 0))
     changes = {
         r"the tokenizer, its chat template or the model family is another\.": replace(model, tokenizer="u"),
-        r"data.train\[1\] has other numbers of tokens \(data.num_frames, min_pixels, max_pixels\?\)\.": replace(
+        r"data.train\[1\] has other numbers of tokens \(data.num_frames, fps, or a limit of pixels\?\)\.": replace(
             model, lengths=(model.lengths[0], longer, model.lengths[2])
         ),
         r"shared_prefix was True, is False\.": replace(model, shared_prefix=False),

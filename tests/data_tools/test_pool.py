@@ -127,7 +127,7 @@ def test_what_fails_even_for_nothing_is_an_error(workers):
 def test_tensors_and_arrays_cross_unchanged():
     values = {
         "strided": torch.arange(24.0).view(4, 6).t()[1:, ::2],
-        "empty": torch.zeros(0, 3),
+        "empty": torch.zeros(1 << 20)[:0].view(0, 3),
         "scalar": torch.tensor(3.5, dtype=torch.float64),
         "flags": torch.tensor([True, False]),
         "brain": torch.randn(5, generator=torch.Generator().manual_seed(0)).bfloat16(),
@@ -211,7 +211,11 @@ def test_leaving_early_ends_the_workers():
 
 
 def test_without_their_parent_the_next_result_is_an_error_and_not_a_wait():
-    with Pool(lambda task, attempt: os.getppid(), workers=1, deadline_s=5) as pool:  # noqa: ARG005
+    def parent(task, attempt):  # noqa: ARG001
+        time.sleep(0.1)
+        return os.getppid()
+
+    with Pool(parent, workers=1, deadline_s=5) as pool:
         results = pool.map(((n,) for n in range(100)), ahead=1)
         os.kill(next(results), signal.SIGKILL)
         with pytest.raises(PoolError, match="their parent has ended"):

@@ -8,8 +8,9 @@ import pytest
 from footage import footage_dir
 from pycocotools import mask as coco
 
+from swim.data_tools import rle as rle_module
 from swim.data_tools.rle import (
-    cell_coverage,
+    clip_coverage,
     decode_counts,
     decode_mask,
     encode_counts,
@@ -20,15 +21,17 @@ from swim.data_tools.rle import (
 RNG = np.random.default_rng(0)
 
 
-def _exact(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+def _exact(mask: np.ndarray, grid: tuple[int, int], crop: tuple[float, ...] | None = None) -> np.ndarray:
     """Covered share of each cell by overlap matrices over the decoded mask: another way to the same numbers."""
+    top, left, bottom, right = crop or (0, 0, *mask.shape)
 
-    def overlap(cells: int, pixels: int) -> np.ndarray:
-        edges = np.arange(cells + 1)[:, None] * pixels / cells
+    def overlap(cells: int, pixels: int, first: float, last: float) -> np.ndarray:
+        edges = first + np.arange(cells + 1)[:, None] * (last - first) / cells
         below = np.clip(edges - np.arange(pixels), 0, 1)
-        return np.diff(below, axis=0) * cells / pixels
+        return np.diff(below, axis=0) * cells / (last - first)
 
-    return overlap(grid[0], mask.shape[0]) @ mask.astype(float) @ overlap(grid[1], mask.shape[1]).T
+    down = overlap(grid[0], mask.shape[0], top, bottom)
+    return down @ mask.astype(float) @ overlap(grid[1], mask.shape[1], left, right).T
 
 
 def _one_pixel(height: int, width: int) -> np.ndarray:
@@ -50,14 +53,63 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("grid", [(1, 1), (4, 4), (13, 23), (7, 5), (64, 100)])
-def test_coverage_equals_exact_area(name: str, grid: tuple[int, int]) -> None:
-    mask = MASKS[name]
-    coverage = cell_coverage(encode_mask(mask), grid)
-    assert coverage.shape == grid
+WAYS = ["numpy", "numba"]
+GRIDS = [(1, 1), (4, 4), (13, 23), (7, 5), (64, 100)]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One implementation of coverage and then the other."""
+    if request.param == "numba":
+        pytest.importorskip("numba")
+    monkeypatch.setattr(rle_module, "_compiled", rle_module._compiled if request.param == "numba" else lambda: None)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("grid", GRIDS)
+def test_coverage_equals_exact_area(grid: tuple[int, int]) -> None:
+    """Of masks of different sizes in one call."""
+    coverage = clip_coverage([encode_mask(mask) for mask in MASKS.values()], grid)
+    assert coverage.shape == (len(MASKS), *grid)
     assert coverage.dtype == np.float64
-    np.testing.assert_allclose(coverage, _exact(mask, grid), rtol=0, atol=1e-12)
+    for mask, found in zip(MASKS.values(), coverage):
+        np.testing.assert_allclose(found, _exact(mask, grid), rtol=0, atol=1e-12)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    "crop", [(0, 0, 37, 53), (3, 5, 30, 50), (2.25, 7.5, 31.125, 52.999), (11.4, 20.6, 12.3, 20.9)]
+)
+def test_crop_and_flip_are_arithmetic_on_borders(crop: tuple[float, float, float, float], flip: bool) -> None:
+    masks = [RNG.random((37, 53)) < share for share in (0.0, 0.3, 0.9, 1.1)]
+    for grid in GRIDS:
+        found = clip_coverage([encode_mask(mask) for mask in masks], grid, crop=crop, flip=flip)
+        for mask, coverage in zip(masks, found):
+            expected = _exact(mask, grid, crop)
+            np.testing.assert_allclose(coverage, expected[:, ::-1] if flip else expected, rtol=0, atol=1e-9)
+
+
+def test_the_batch_is_its_masks_one_by_one() -> None:
+    rles = [encode_mask(mask) for mask in MASKS.values()] * 3
+    together = clip_coverage(rles, (6, 9))
+    np.testing.assert_array_equal(together, np.concatenate([clip_coverage([rle], (6, 9)) for rle in rles]))
+    assert clip_coverage([], (6, 9)).shape == (0, 6, 9)
+
+
+def test_numba_equals_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("numba")
+    rles = [encode_mask(RNG.random((90, 160)) < share) for share in RNG.random(20)]
+    compiled = clip_coverage(rles, (26, 46))
+    assert rle_module._compiled() is not None
+    monkeypatch.setattr(rle_module, "_compiled", lambda: None)
+    np.testing.assert_allclose(compiled, clip_coverage(rles, (26, 46)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("crop", [(0, 0, 21, 31), (5, 5, 5, 9), (-1, 0, 5, 5), (0, float("nan"), 5, 5)])
+def test_a_crop_outside_of_the_mask_is_refused(crop: tuple[float, float, float, float]) -> None:
+    with pytest.raises(ValueError, match=r"is not \(top, left, bottom, right\) inside a mask of 20 x 31"):
+        clip_coverage([encode_mask(MASKS["full"])], (4, 4), crop=crop)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -96,10 +148,9 @@ def test_real_masklets_are_exact() -> None:
     masklets = json.loads((footage_dir() / "sav_000001_manual.json").read_text())["masklet"]
     rles = [rle for frame in masklets[::20] for rle in frame]
     assert any(decode_mask(rle).any() for rle in rles)
-    for rle in rles:
+    for rle, coverage in zip(rles, clip_coverage(rles, (30, 17)), strict=True):
         assert decode_counts(rle["counts"]).sum() == np.prod(rle["size"])
-        expected = _exact(decode_mask(rle), (30, 17))
-        np.testing.assert_allclose(cell_coverage(rle, (30, 17)), expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(coverage, _exact(decode_mask(rle), (30, 17)), rtol=0, atol=1e-12)
 
 
 def test_runs_are_compressed_as_they_are() -> None:

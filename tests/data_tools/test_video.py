@@ -1,15 +1,36 @@
 """The right frames come back, and videos on which decoders could disagree are refused with a remedy."""
 
+import io
+import struct
+import subprocess
+import sys
+import zlib
+from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 
 import av
 import numpy as np
 import pytest
 from footage import footage_dir
+from processes import environment
 
+from swim.data_tools import video
+from swim.data_tools.reencode import reencode
 from swim.data_tools.shards import ShardSet
 from swim.data_tools.synth import read_barcode, synthesise
-from swim.data_tools.video import VideoError, VideoInfo, choose_frames, decode_frames, encode_video, probe
+from swim.data_tools.video import (
+    Decoder,
+    DecoderMissing,
+    VideoError,
+    VideoInfo,
+    choose_frames,
+    decode_frames,
+    encode_video,
+    open_video,
+    probe,
+    verify,
+)
 
 RNG = np.random.default_rng(0)
 FRAMES = np.clip(np.cumsum(RNG.integers(-4, 5, (40, 64, 48, 3)), axis=0) + 128, 0, 255).astype(np.uint8)
@@ -40,6 +61,147 @@ def test_frames_come_in_the_order_asked_for(tmp_path: Path, indices: list[int]) 
     assert frames.dtype == np.uint8
     assert frames.shape == (len(indices), 56, 56, 3)
     assert [read_barcode(frame) for frame in frames] == indices
+
+
+NUMBERED = 90  # frames
+FORMS: dict[str, tuple[str, str, dict[str, str], int]] = {  # container, codec, options, first time in frames
+    "one gop": ("mp4", "libx264", {"g": "250"}, 0),
+    "short gops": ("mp4", "libx264", {"g": "8", "bf": "0"}, 0),
+    "short gops with b-frames": ("mp4", "libx264", {"g": "9", "bf": "3", "x264-params": "b-pyramid=normal"}, 0),
+    "gops of two": ("mp4", "libx264", {"g": "2", "bf": "1"}, 0),
+    "open gops": ("mp4", "libx264", {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0"}, 0),
+    "intra refresh": ("mp4", "libx264", {"g": "15", "x264-params": "intra-refresh=1"}, 0),
+    "all intra": ("mp4", "libx264", {"g": "1"}, 0),
+    "late start": ("mp4", "libx264", {"g": "10", "bf": "2"}, 17),
+    "fragments": ("mp4", "libx264", {"g": "10", "movflags": "frag_keyframe+empty_moov"}, 3),
+    "matroska": ("matroska", "libx264", {"g": "10", "bf": "3"}, 5),
+    "transport stream": ("mpegts", "libx264", {"g": "10", "bf": "3"}, 7),
+    "hevc open gops": ("mp4", "libx265", {"g": "12", "x265-params": "open-gop=1:log-level=none"}, 0),
+    "vp9": ("webm", "libvpx-vp9", {"g": "10", "cpu-used": "8"}, 4),
+    "mpeg4 in avi": ("avi", "mpeg4", {"g": "10", "bf": "2"}, 0),
+}
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    shards = synthesise(tmp_path_factory.mktemp("numbered"), clips=1, seed=1, size=112, frames=NUMBERED)
+    return decode_frames(shards.read(0).media(), range(NUMBERED))
+
+
+def _encode(frames: np.ndarray, container: str, codec: str, options: dict[str, str], first: int) -> bytes:
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as writer:
+        stream = writer.add_stream(codec, rate=8)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        writer.options.update({name: options[name] for name in options if name == "movflags"})
+        stream.options = {"threads": "1", **options}
+        for number, pixels in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = first + number, Fraction(1, 8)
+            writer.mux(stream.encode(frame))
+        writer.mux(stream.encode())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_jumping_gives_the_frames_that_reading_on_gives(numbered: np.ndarray, form: str) -> None:
+    data = _encode(numbered, *FORMS[form])
+    with open_video(data) as (container, stream):
+        in_order = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+    assert [read_barcode(frame) for frame in in_order] == list(range(NUMBERED))
+    for indices in ([0], [NUMBERED - 1], [7, 41, 42, 43, 88], range(NUMBERED), range(2, NUMBERED, 16)):
+        np.testing.assert_array_equal(decode_frames(data, indices), np.stack([in_order[i] for i in indices]))
+
+
+def test_jumps_spare_the_frames_between_them(numbered: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they pay, nothing falls back to reading on: the in-order reader is out of order here."""
+    monkeypatch.setattr(video, "_frames_in_order", None)
+    for form in ("one gop", "short gops with b-frames", "gops of two", "all intra", "late start", "matroska", "vp9"):
+        assert len(decode_frames(_encode(numbered, *FORMS[form]), [3, 44, 80])) == 3
+
+
+@pytest.mark.parametrize("decoder", ["torchcodec", "decord"])
+@pytest.mark.parametrize("name", ["synthetic", "nasa_13013.mp4", "coffee.mp4", "cups.mp4", "canonical"])
+def test_decoders_give_the_same_pixels(numbered: np.ndarray, decoder: Decoder, name: str) -> None:
+    pytest.importorskip(decoder)
+    if name == "synthetic":
+        data = encode_video(numbered, 8)
+    else:
+        path = footage_dir() / ("cups.mp4" if name == "canonical" else name)
+        data = reencode(path, 224)[0] if name == "canonical" else path.read_bytes()
+    info = verify(data)
+    last = info.num_frames - 1
+    for indices in ([last, 0, 5, 5, last // 2], range(1, last, last // 9)):
+        size = (info.height, info.width)
+        frames = decode_frames(data, indices, size=size, decoder=decoder)
+        assert frames.dtype == np.uint8
+        np.testing.assert_array_equal(frames, decode_frames(data, indices))
+
+
+DECODERS = ["pyav", "torchcodec", "decord"]
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_wrong_size_costs_nothing(numbered: np.ndarray, decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("av" if decoder == "pyav" else decoder)
+    data = encode_video(numbered[:4], 8)
+    with pytest.raises(VideoError, match=r"frames of 112x112 pixels, its record says 64x48; correct the record"):
+        decode_frames(data, [0], size=(48, 64), decoder=decoder)
+    with pytest.raises(VideoError, match=r"frame.*4"):
+        decode_frames(data, [0, 4], decoder=decoder)
+    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 112 * 112 - 1)
+    with pytest.raises(VideoError, match=r"frames of (112x112|no size).* 12543 .*make it smaller, e.g. ffmpeg"):
+        decode_frames(data, [0], decoder=decoder)
+
+
+MEASURE = """
+import resource, sys
+from swim.data_tools.video import Path, VideoError, decode_frames, probe
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for read in (probe, lambda path: decode_frames(path, [0])):
+    try:
+        read(Path(sys.argv[1]))
+    except VideoError as error:
+        print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_huge_frame_costs_an_error_and_no_memory(tmp_path: Path) -> None:
+    """A PNG that promises 16 000 x 16 000 pixels."""
+    header = struct.pack(">IIBBBBB", 16000, 16000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(1 << 20))), (b"IEND", b"")]
+    body = [struct.pack(">I", len(d)) + kind + d + struct.pack(">I", zlib.crc32(kind + d)) for kind, d in chunks]
+    path = tmp_path / "a.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+    done = subprocess.run([sys.executable, "-c", MEASURE, path], env=environment(), capture_output=True, text=True)
+    *errors, grown = done.stdout.splitlines()
+    assert len(errors) == 2, done.stderr
+    assert all("more than 35389440 pixels; make it smaller, e.g. ffmpeg" in error for error in errors)
+    assert int(grown) < 100 << 10, "KiB"
+
+
+def test_frames_that_grow_inside_a_video_are_refused(numbered: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, large = (
+        _encode(numbered[:2, :side, :side], "mjpeg", "mjpeg", {"strict": "unofficial"}, 0) for side in (64, 112)
+    )
+    with pytest.raises(VideoError, match=r"the size changes from 64x64 to 112x112 at frame 2"):
+        decode_frames(small + large, range(4))
+    monkeypatch.setattr(video, "MAX_FRAME_PIXELS", 100 * 100)
+    with pytest.raises(VideoError, match=r"cannot be read as video"):
+        decode_frames(small + large, range(4))
+
+
+def test_a_missing_decoder_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    constraints = Path(__file__).parents[2].joinpath("constraints.txt").read_text().splitlines()
+    for name, module in (("torchcodec", "torchcodec.decoders"), ("decord", "decord")):
+        monkeypatch.setitem(sys.modules, module, None)
+        pin = next(line for line in constraints if line.startswith(f"{name}=="))
+        with pytest.raises(DecoderMissing, match=f"decoder={name} cannot be used: .* pip install '{pin}'"):
+            decode_frames(VIDEO, [0], decoder=name)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "decord", ModuleType("decord"))
+    with pytest.raises(VideoError, match=r"a.mp4: decord crashes on damaged files, so it takes checked bytes only"):
+        decode_frames(Path("a.mp4"), [0], decoder="decord")
 
 
 def test_encoding_is_close_and_deterministic() -> None:

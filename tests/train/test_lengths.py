@@ -10,6 +10,7 @@ from swim.data_tools.plan import PlanState
 from swim.data_tools.records import Conversation, Record, Turn
 from swim.data_tools.shards import ShardSet, ShardWriter
 from swim.data_tools.video import VideoError
+from swim.train.config import ConfigError
 from swim.train.lengths import Cost, count_text
 from swim.train.loader import Loader, Order
 from swim.train.system import build_system
@@ -40,7 +41,9 @@ def folders(tmp_path_factory) -> list[Path]:
                 ask("when ?", span=(0, 3)),
                 *[ask("is it " + "very " * number + "round ?")] * number,
             ]
-            record = sample.record.model_copy(update={"conversations": said})
+            # 8 frames in 1, 1.6 or 2.7 seconds, so that a rate gives clips different numbers of frames.
+            media = sample.record.media[0].model_copy(update={"fps": (8, 5, 3)[number % 3]})
+            record = sample.record.model_copy(update={"conversations": said, "media": [media]})
             writer.write(f"clip{number}", record, sample.masks, {"mp4": sample.media()})
         # Five seconds a frame: its time has a digit more or less with the frame that has the mask.
         slow = record.model_copy(update={"media": [record.media[0].model_copy(update={"fps": 0.2})]})
@@ -68,18 +71,37 @@ def packed(folders: list[Path], tmp_path: Path, model_type: str, *overrides: str
     return family_config(folders[0], model_type, *by_tokens, f"run.output={tmp_path}", *overrides)
 
 
-@pytest.mark.parametrize("shared", ["true", "false"])
+AT_A_RATE = [
+    *("data.frame_sampling=fps", "data.fps=2.6", "data.min_frames=1", "data.num_frames=6"),
+    *("data.clip_pixels=20000", "data.min_pixels=784"),
+]
+
+
+@pytest.mark.parametrize(
+    ("shared", "sampling"), [("true", []), ("false", []), ("true", AT_A_RATE)], ids=["shared", "apart", "at a rate"]
+)
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_every_pack_has_the_tokens_that_its_batch_has(folders, tmp_path, model_type, shared):
-    config = packed(folders, tmp_path, model_type, f"data.shared_prefix={shared}", "data.packs_per_step=3", tokens=500)
+def test_every_pack_has_the_tokens_that_its_batch_has(folders, tmp_path, model_type, shared, sampling):
+    overrides = [f"data.shared_prefix={shared}", "data.packs_per_step=3", *sampling]
+    config = packed(folders, tmp_path, model_type, *overrides, tokens=500)
+    if sampling and model_type == "llava_onevision":
+        with pytest.raises(ConfigError, match=r"different numbers of frames, .*set data.clips_per_pack=1"):
+            build_system(config)
+        return
     system = build_system(config)
     order = Order(config, system)
     plan = order.plan(0)
-    batches = Loader(order, system.collator).steps(0, plan.num_steps)
-    found = [batch.num_tokens for step in batches for batch in step][: plan.num_packs]
+    steps = list(Loader(order, system.collator).steps(0, plan.num_steps))
+    found = [batch.num_tokens for step in steps for batch in step][: plan.num_packs]
     assert found == plan.tokens.tolist()
     assert max(found) <= 500
     assert len(set(found)) > 3
+    if sampling:
+        clips = [clip for step in steps for batch in step for clip in batch.clips if clip and clip.key]
+        assert {sum(map(len, clip.frames)) for clip in clips} == {2, 4, 6}
+        assert {clip.grid[0] for clip in clips} == ({2, 4, 6} if model_type == "internvl" else {1, 2, 3})
+        if model_type != "internvl":
+            assert len({clip.grid[1:] for clip in clips}) > 1, "fewer frames of a clip may have more pixels"
     if shared == "true":
         pieces = [unit.clip for unit in plan.units() if unit.dataset == 0]
         assert len(set(pieces)) == 8
@@ -125,7 +147,10 @@ def test_text_is_counted_once_for_all_pixel_budgets(folders, tmp_path, capsys):
     assert tokens("model.tokenizer.vocab_size=300") == 2
     assert tokens(kind="qwen3_vl") == 2
     assert tokens("data.frame_sampling=uniform", kind="qwen3_vl") == 2, "its text names the sampled frames' times"
-    assert len(list((tmp_path / ".cache").glob("tokens_*"))) == 10
+    assert tokens("data.frame_sampling=fps") == 2, "a family may say something for every frame"
+    assert tokens("data.frame_sampling=fps", "data.fps=1") == 2
+    assert tokens("data.frame_sampling=fps", "data.fps=1", "data.clip_pixels=9000") == 0
+    assert len(list((tmp_path / ".cache").glob("tokens_*"))) == 14
 
 
 def test_a_changed_tokenizer_or_pixel_budget_is_refused_by_name(folders, tmp_path):
@@ -139,6 +164,21 @@ def test_a_changed_tokenizer_or_pixel_budget_is_refused_by_name(folders, tmp_pat
         changed = packed(folders, tmp_path, "qwen2_5_vl", override, "data.min_pixels=3136", tokens=2000)
         with pytest.raises(PlanError, match=message):
             Order(changed, build_system(changed)).resume(state)
+
+
+def test_a_budget_that_enlarges_stored_frames_is_refused(folders, tmp_path):
+    limits = ["data.min_pixels=16000", "data.max_pixels=20000"]
+    problem = (
+        r"min_pixels 16000 enlarges the frames of 8 of 8 clips, the smallest of 112x112 pixels.* Lower it to 12544"
+    )
+    with pytest.raises(PlanError, match=problem):
+        order_of(packed(folders, tmp_path, "qwen2_5_vl", *limits, tokens=2000))
+    order_of(packed(folders, tmp_path, "qwen2_5_vl", *limits, "data.upscale=true", tokens=2000))
+    order_of(packed(folders, tmp_path, "internvl", *limits, tokens=2000))  # it stretches all frames to one size
+
+
+def order_of(config) -> Order:
+    return Order(config, build_system(config))
 
 
 def test_an_unreadable_record_counts_nothing(tmp_path):

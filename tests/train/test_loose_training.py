@@ -11,7 +11,7 @@ from swim.data_tools.convert import convert
 from swim.data_tools.shards import ShardSet
 from swim.data_tools.sources import jsonl
 from swim.train.cli import app
-from swim.train.loader import Order, load_steps
+from swim.train.loader import Loader, Order
 from swim.train.loop import combine
 from swim.train.system import Progress, build_system
 
@@ -22,7 +22,7 @@ def one_step(data: Path, output: Path):
     torch.manual_seed(0)
     system = build_system(config)
     order, model = Order(config, system), system.build_model().train()
-    batches = next(load_steps(order, system.collator, start=1, stop=2, rank=0, size=1, workers=0))
+    batches = next(Loader(order, system.collator).steps(1, 2))
     counts = {name: sum(batch.counts[name] for batch in batches) for name in batches[0].counts}
     for batch in batches:
         assert batch.ids

@@ -17,7 +17,7 @@ from swim.data_tools.rle import encode_mask
 from swim.train.config import ConfigError, engine_file, load_config
 from swim.train.systems.swim.config import Config, resolve_layers
 from swim.train.systems.swim.objective import mask_term
-from swim.train.systems.swim.targets import Targets, build_targets, step_coverage, step_masks
+from swim.train.systems.swim.targets import Targets, build_targets, step_coverages, step_masks
 
 LAYERS = (2, 5, 9)
 
@@ -92,7 +92,7 @@ def facts(config: Config, nouns: list[Noun] = NOUNS) -> tuple[list[int], list[in
             for name, frames in noun.objects.items()
         }
         names = list(rles)
-        coverages.append([step_coverage(names, rles, frames, noun.grid) for frames in noun.steps])
+        coverages += step_coverages([names], rles, noun.steps, noun.grid)
         masks.append([step_masks(names, rles, frames, noun.grid) for frames in noun.steps])
     pixels = masks if config.mask_side == "pixel" else None
     targets, counts = build_targets(coverages, [noun.grid for noun in nouns], config, masks=pixels)

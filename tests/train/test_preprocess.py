@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as stock_smart_resize
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize as stock_clip_resize
 
 from swim.data_tools.video import VideoError
-from swim.train.config import TokenizerConfig
+from swim.train.config import DataConfig, TokenizerConfig
 from swim.train.families import FAMILIES, Family, family_of
 from swim.train.preprocess import Geometry, patchify, smart_resize
 from swim.train.tokenizer import adopt_family, control_token_fields, train_tokenizer
@@ -156,6 +158,25 @@ def test_a_budget_per_frame_is_qwen3s_budget_per_clip(sides, cells, frames):
         limits = [count * 32**2 for count in sorted(cells)]
         whole = {"min_pixels": frames * limits[0], "max_pixels": frames * limits[1]}
         assert smart_resize(*sides, 32, *limits) == stock_clip_resize(frames, *sides, factor=32, **whole)
+
+
+@given(
+    stored=st.integers(1, 5000), fps=st.sampled_from([5, 6.25, 23.976, 24, 25, 29.97, 30, 60]), rate=st.floats(0.2, 9)
+)
+@example(stored=1, fps=25, rate=2)
+@example(stored=3, fps=25, rate=2)
+def test_the_number_of_frames_at_a_rate_is_qwen3s(stored, fps, rate):
+    data = DataConfig(train=["x"], frame_sampling="fps", fps=rate, num_frames=64)
+    video = SimpleNamespace(total_num_frames=stored, fps=fps)
+    chosen = Qwen3VLVideoProcessor.sample_frames(SimpleNamespace(fps=rate, min_frames=4, max_frames=64), video)
+    assert data.frames_of(stored, fps) == len(chosen)
+
+
+def test_the_budget_of_a_clip_is_shared_by_its_frames():
+    data = DataConfig(train=["x"], min_pixels=2000, max_pixels=9000, clip_pixels=80000)
+    limits = {n: data.pixel_limits(n)["max_pixels"] for n in (1, 8, 10, 32, 64)}
+    assert limits == {1: 9000, 8: 9000, 10: 8000, 32: 2500, 64: 2000}, "never below min_pixels"
+    assert DataConfig(train=["x"]).pixel_limits(768)["max_pixels"] == 28 * 28 * 768
 
 
 def test_an_odd_last_frame_is_repeated():

@@ -16,7 +16,7 @@ from swim.train.attention import MODEL_KWARG
 from swim.train.config import load_config
 from swim.train.systems.swim.config import Config, resolve_layers
 from swim.train.systems.swim.objective import fuse_layers, swim_loss
-from swim.train.systems.swim.targets import build_targets, step_coverage, step_masks
+from swim.train.systems.swim.targets import build_targets, step_coverages, step_masks
 
 
 def release_config() -> Config:
@@ -84,7 +84,7 @@ def test_the_recipe_is_the_releases_formula_with_its_epsilons_at_zero(monkeypatc
         name: {f: None if m is None else Rle(**encode_mask(m)) for f, m in frames.items()}
         for name, frames in OBJECTS.items()
     }
-    steps = [[step_coverage([noun], rles, frames, GRID[1:]) for frames in FRAMES] for noun in NOUNS]
+    steps = step_coverages([[noun] for noun in NOUNS], rles, FRAMES, GRID[1:])
     masks = [[step_masks([noun], rles, frames, GRID[1:]) for frames in FRAMES] for noun in NOUNS]
     targets, counts = build_targets(steps, [GRID[1:]] * len(NOUNS), config, masks=masks)
     assert counts["mask"] == 3 + 3 + 2, "pairs of sub-token and frame that shows the object"

@@ -1,10 +1,12 @@
 """Promise: a mask supervises the temporal step that contains its frame and nothing else; bad samples are holes."""
 
 import io
+import sys
 import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -15,13 +17,14 @@ from swim.data_tools.records import Conversation, Masks, Media, Mention, Object,
 from swim.data_tools.rle import encode_mask
 from swim.data_tools.shards import ShardSet, ShardWriter, index_shard
 from swim.data_tools.synth import read_barcode, synthesise
-from swim.data_tools.video import choose_frames, encode_video
+from swim.data_tools.video import choose_frames, decode_frames, encode_video
 from swim.kernels.mask_loss import unpack_masks
+from swim.train.config import ConfigError
 from swim.train.system import Request, build_system
 from swim.train.systems.swim.config import Config
 from swim.train.systems.swim.data import SwimCollator
 from swim.train.systems.swim.objective import mask_term
-from swim.train.systems.swim.targets import Targets, build_targets, step_coverage, step_masks
+from swim.train.systems.swim.targets import Targets, build_targets, step_coverages, step_masks
 
 SIZE = (56, 56)
 GRID = (4, 4)
@@ -44,6 +47,11 @@ LEFT, RIGHT, MIDDLE = (slice(0, 4), slice(0, 1)), (slice(0, 4), slice(3, 4)), (s
 
 
 # ---- which mask counts where
+
+
+def step_coverage(ids, masks, frames, grid):
+    ((coverage,),) = step_coverages([ids], masks, [frames], grid)
+    return coverage
 
 
 def test_a_mask_belongs_to_the_step_whose_frames_contain_it():
@@ -387,6 +395,57 @@ def test_the_chosen_frames_are_the_ones_that_are_decoded(tmp_path):
     blocks = clip.pixels.view(steps, rows, columns, 2, 2, 3, 2, 7, 7).permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
     frames = (blocks.reshape(2 * steps, 3, 112, 112) * std + mean).mul(255).permute(0, 2, 3, 1).numpy()
     assert [read_barcode(frame) for frame in frames] == [*chosen, chosen[-1]]
+
+
+def test_at_a_rate_masks_are_those_of_the_frames_that_are_seen(tmp_path):
+    """360p at 12 frames a second, some annotated: a white box that moves, found again in what is decoded."""
+    pixels = np.zeros((66, 360, 640, 3), np.uint8)
+    for number, frame in enumerate(pixels):
+        frame[40 + 4 * number : 100 + 4 * number, 9 * number : 9 * number + 50] = 255
+    masks: Masks = {"a": {n: Rle(**encode_mask(pixels[n, :, :, 0] > 128)) for n in (3, 9, 10, 15, 39, 51, 63)}}
+    record = Record(
+        source="test",
+        license="CC0-1.0",
+        media=[Media(member="mp4", kind="video", height=360, width=640, num_frames=66, fps=12)],
+        objects=[Object(id="a", label="a")],
+        conversations=[ask("a", "a")],
+    )
+    with ShardWriter(tmp_path) as writer:
+        writer.write("clip", record, masks, {"mp4": encode_video(pixels, 12.0)})
+    (request,) = everything(ShardSet(tmp_path))
+    at_a_rate = ["data.frame_sampling=fps", "data.num_frames=16", "data.max_pixels=70000"]
+    batch = collator_for(tmp_path, *at_a_rate)([request])
+    (clip,) = batch.clips
+    frames = [frame for step in clip.frames for frame in step]
+    assert (len(frames), clip.grid) == (11, (6, 14, 25)), "5.5 seconds; the last frame fills its step"
+    assert clip.seconds_per_step == pytest.approx(2 * 0.5)
+    seen = decode_frames(request.sample.media(), frames)[..., 0] > 128
+    rows, columns = (
+        np.diff(np.clip(np.arange(n + 1)[:, None] * size / n - np.arange(size), 0, 1), axis=0) * n / size
+        for n, size in ((14, 360), (25, 640))
+    )
+    areas = dict(zip(frames, rows @ seen.astype(float) @ columns.T))
+    of_steps = [[areas[frame] for frame in step if frame in masks["a"]] for step in clip.frames]
+    assert [len(found) for found in of_steps] == [2, 1, 0, 1, 1, 1]
+    for coverage, found in zip(batch.coverages[0], of_steps, strict=True):
+        assert (coverage is None) == (not found)
+        if found:
+            np.testing.assert_allclose(coverage, np.mean(found, axis=0), rtol=0, atol=1e-9)
+
+
+def test_decord_gets_only_what_a_checksum_vouches_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    with pytest.raises(ConfigError, match=r"data.decoder=decord cannot be used: .*pip install 'decord==0.6.0'"):
+        collator_for(tmp_path, "data.decoder=decord")
+    monkeypatch.setitem(sys.modules, "decord", ModuleType("decord"))
+    collator = collator_for(tmp_path, "data.decoder=decord")
+    media = Media(path="a.mp4", kind="video", height=56, width=56, num_frames=12, fps=4)
+    record = Record(source="test", license="CC0-1.0", media=[media], objects=[], conversations=[ask("a")])
+    with ShardWriter(tmp_path) as writer:
+        writer.write("loose", record, {}, {})
+    (tmp_path / "a.mp4").write_bytes(b"<html>")
+    (hole,) = collator(everything(ShardSet(tmp_path))).holes
+    assert hole.reason.startswith("a.mp4: decord crashes on damaged files, and no checksum vouches for a loose one")
 
 
 def damaged(folder: Path, key: str, change: Mapping[str, bytes]) -> None:

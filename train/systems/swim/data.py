@@ -10,14 +10,14 @@ from torch import Tensor
 
 from swim.data_tools.records import Masks, RecordError
 from swim.data_tools.shards import BadSample, Sample
-from swim.data_tools.video import VideoError, choose_frames, decode_frames
+from swim.data_tools.video import DecoderMissing, VideoError, check_decoder, choose_frames, decode_frames
 from swim.train.batch import Batch, BatchOptions, Hole, make_batch
-from swim.train.config import DataConfig
+from swim.train.config import ConfigError, DataConfig
 from swim.train.encode import ConversationEncoder, Encoded, Noun
 from swim.train.families import Clip
 from swim.train.system import Request
 from swim.train.systems.swim.config import Config
-from swim.train.systems.swim.targets import Targets, build_targets, step_coverage, step_masks
+from swim.train.systems.swim.targets import Targets, build_targets, step_coverages, step_masks
 
 
 @dataclass
@@ -43,6 +43,15 @@ class SwimCollator:
         config: Config,
     ) -> None:
         self.encoder, self.data, self.options, self.config = encoder, data, options, config
+        try:
+            check_decoder(data.decoder)
+        except DecoderMissing as error:
+            raise ConfigError(str(error)) from None
+        if encoder.family.stacks_clips and data.frame_sampling == "fps" and data.clips_per_pack != 1:
+            raise ConfigError(
+                "data.frame_sampling fps gives clips different numbers of frames, and this model family needs equally "
+                "many in a batch; set data.clips_per_pack=1, or data.frame_sampling=uniform"
+            )
 
     def __call__(self, requests: Iterable[Request]) -> SwimBatch:
         """Batch of all conversations; a clip that cannot be read or encoded becomes one hole per conversation."""
@@ -61,20 +70,25 @@ class SwimCollator:
         batch = make_batch(chosen, self.encoder, self.options, holes=holes)
         on_pixels = self.config.mask_side == "pixel"
         # Nouns of the same objects, such as the sub-tokens of one, share their targets' decoding.
-        found: dict[Any, tuple[tuple[np.ndarray | None, ...], list[list[np.ndarray]]]] = {}
-        keys, grids = [], []
+        wanted: dict[int, tuple[Masks, Clip, list[tuple[str, ...]]]] = {}
         for noun in batch.nouns:
             clip, of_clip = batch.clips[noun.conversation], masks[noun.conversation]
             assert clip is not None  # only conversations with a clip own nouns
-            grids.append(clip.grid[1:])
-            keys.append((id(of_clip), noun.object_ids))
-            if keys[-1] not in found:
-                place = (noun.object_ids, of_clip)
-                coverage = tuple(step_coverage(*place, frames, grids[-1]) for frames in clip.frames)
-                frame_masks = [step_masks(*place, frames, grids[-1]) for frames in clip.frames] if on_pixels else []
-                found[keys[-1]] = coverage, frame_masks
-        coverages = tuple(found[key][0] for key in keys)
-        pixels = [found[key][1] for key in keys] if on_pixels else None
+            objects = wanted.setdefault(id(of_clip), (of_clip, clip, []))[2]
+            if noun.object_ids not in objects:
+                objects.append(noun.object_ids)
+        covered: dict[Any, tuple[np.ndarray | None, ...]] = {}
+        drawn: dict[Any, list[list[np.ndarray]]] = {}
+        for number, (of_clip, clip, objects) in wanted.items():
+            grid = clip.grid[1:]
+            for ids, coverage in zip(objects, step_coverages(objects, of_clip, clip.frames, grid)):
+                covered[number, ids] = coverage
+                if on_pixels:
+                    drawn[number, ids] = [step_masks(ids, of_clip, frames, grid) for frames in clip.frames]
+        keys = [(id(masks[noun.conversation]), noun.object_ids) for noun in batch.nouns]
+        grids = [wanted[number][1].grid[1:] for number, _ in keys]
+        coverages = tuple(covered[key] for key in keys)
+        pixels = [drawn[key] for key in keys] if on_pixels else None
         targets, counts = build_targets(coverages, grids, self.config, masks=pixels)
         fields = {**batch.__dict__, "counts": {**batch.counts, **counts}}
         return SwimBatch(**fields, targets=targets, coverages=coverages)
@@ -127,15 +141,12 @@ class SwimCollator:
         if (chosen := self._choose(sample)) is None:
             return None
         media = sample.record.media[0]
-        pixels = decode_frames(sample.media(), chosen)
-        if pixels.shape[1:3] != (media.height, media.width):
-            raise VideoError(
-                f"video of {sample.key} has frames of {pixels.shape[2]}x{pixels.shape[1]} pixels, its record says "
-                f"{media.width}x{media.height}; correct the record"
-            )
-        cells, grid = self.encoder.family.pixels(
-            pixels, min_pixels=self.data.min_pixels, max_pixels=self.data.max_pixels
-        )
+        if self.data.decoder == "decord" and media.member is None:
+            problem = "decord crashes on damaged files, and no checksum vouches for a loose one"
+            raise VideoError(f"{media.path}: {problem}; put it into a shard or set data.decoder=pyav")
+        size = media.height, media.width
+        pixels = decode_frames(sample.media(), chosen, size=size, decoder=self.data.decoder)
+        cells, grid = self.encoder.family.pixels(pixels, **self.data.pixel_limits(len(chosen)))
         return self._clip(sample, chosen, cells, grid)
 
     def _choose(self, sample: Sample) -> list[int] | None:
@@ -149,7 +160,7 @@ class SwimCollator:
         annotated = None
         if self.data.frame_sampling == "annotated":
             annotated = sorted({frame for frames in sample.masks.values() for frame in frames})
-        return choose_frames(media.num_frames, self.data.num_frames, annotated)
+        return choose_frames(media.num_frames, self.data.frames_of(media.num_frames, media.fps), annotated)
 
     def _clip(self, sample: Sample, chosen: list[int], cells: Tensor, grid: tuple[int, int, int]) -> Clip:
         per_step, fps = self.encoder.family.frames_per_step, sample.record.media[0].fps

@@ -26,7 +26,7 @@ from swim.train.families import Clip
 from swim.train.system import Request
 from swim.train.systems.swim.data import SwimBatch
 from swim.train.systems.swim.model import SwimSystem
-from swim.train.systems.swim.targets import step_coverage, step_masks
+from swim.train.systems.swim.targets import step_coverages, step_masks
 
 PALETTE = [to_hex(colour) for colour in colormaps["tab10"].colors]  # type: ignore[attr-defined]
 DRAWN_WIDTH = 400  # pixels, about twice what a frame has on the page
@@ -147,7 +147,8 @@ def inspect_clip(shards: ShardSet, key: str, system: SwimSystem, wanted: tuple[i
         labels = {thing.id: f"{thing.label} (id {thing.id})" for thing in sample.record.objects}
         targets = []
         if clip is not None:
-            frames = _drawn(decode_frames(sample.media(), [frame for step in clip.frames for frame in step]))
+            numbers = [frame for step in clip.frames for frame in step]
+            frames = _drawn(decode_frames(sample.media(), numbers, decoder=collator.data.decoder))
             for ids, coverages in found_targets.items():
                 names = [labels.get(name, name) for name in ids]
                 strips = list(_strips(clip, frames, ids, coverages, sample.masks, " and ".join(names)))
@@ -201,7 +202,8 @@ def _strips(
         if coverages is not None:
             drawn = [next(iter(step_masks(ids, masks, [frame], grid)), None) for _, frame in part]
             maps["coverage"] = np.stack([np.full(grid, np.nan) if (c := coverages[s]) is None else c for s, _ in part])
-            notes["video"] = [_state(step_coverage(ids, masks, [frame], grid)) for _, frame in part]
+            (alone,) = step_coverages([ids], masks, [[frame] for _, frame in part], grid)
+            notes["video"] = [_state(coverage) for coverage in alone]
             notes["coverage"] = [_state(coverages[step]) for step, _ in part]
             said = {step: _state(coverages[step]) or "seen" for step, _ in part}
             alt += f" with the contour of {name} and its coverage of the patch grid; "
@@ -249,6 +251,6 @@ def _pieces(
 def _annotation(sample: Sample, name: str) -> tuple[int, int, int]:
     """Frames of the stored video in which the object is present, absent, and not annotated."""
     num_frames = sample.record.media[0].num_frames if sample.record.media else 0
-    steps = [step_coverage([name], sample.masks, [frame], (1, 1)) for frame in range(num_frames)]
+    (steps,) = step_coverages([[name]], sample.masks, [[frame] for frame in range(num_frames)], (1, 1))
     states = [_state(step) for step in steps]
     return states.count(""), states.count("absent"), states.count("not annotated")

@@ -10,7 +10,7 @@ from pycocotools import mask as coco
 from torch import Tensor
 
 from swim.data_tools.records import Masks, Rle
-from swim.data_tools.rle import cell_coverage, decode_mask, encode_mask
+from swim.data_tools.rle import clip_coverage, decode_mask, encode_mask
 from swim.train.systems.swim.config import Config
 
 
@@ -34,21 +34,27 @@ class Targets:
     unit_weights: Tensor  # (U,) fp32
 
 
-def step_coverage(
-    object_ids: Sequence[str], masks: Masks, frames: Sequence[int], grid: tuple[int, int]
-) -> np.ndarray | None:
-    """Mean coverage (h, w) of the step's annotated frames by the union of the objects; None if no frame is annotated.
+def step_coverages(
+    nouns: Sequence[Sequence[str]], masks: Masks, steps: Sequence[Sequence[int]], grid: tuple[int, int]
+) -> list[tuple[np.ndarray | None, ...]]:
+    """For every noun, given by its object ids, the mean coverage (h, w) of each step's annotated frames by the union of
+    its objects; None where no frame of the step is annotated.
 
     A frame counts as annotated when every one of the objects is; an absent object covers nothing.
     """
-    annotated = _annotated(object_ids, masks, frames)
-    if not annotated:
-        return None
-    total = np.zeros(grid)
-    for frame in annotated:
-        if (rle := _union_at(object_ids, masks, frame)) is not None:
-            total += cell_coverage(rle, grid)
-    return total / len(annotated)
+    annotated = [[_annotated(ids, masks, frames) for frames in steps] for ids in nouns]
+    united = [
+        (noun, step, rle)
+        for noun, of_noun in enumerate(annotated)
+        for step, frames in enumerate(of_noun)
+        for frame in frames
+        if (rle := _union_at(nouns[noun], masks, frame)) is not None
+    ]
+    totals = np.zeros((len(nouns), len(steps), *grid))
+    # All masks of the clip at once: most of the time for one alone is numpy's own.
+    for (noun, step, _), coverage in zip(united, clip_coverage([rle for *_, rle in united], grid)):
+        totals[noun, step] += coverage / len(annotated[noun][step])
+    return [tuple(total[t] if found else None for t, found in enumerate(of)) for total, of in zip(totals, annotated)]
 
 
 def step_masks(
