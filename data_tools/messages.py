@@ -91,7 +91,9 @@ class _Pickler(pickle.Pickler):
         if type(value) is not torch.Tensor or value.requires_grad:
             return NotImplemented
         # Also an empty one: torch would send all that it is a view of.
-        data = value.contiguous().view(-1).view(torch.uint8).numpy().data
+        whole = value.contiguous()
+        flat = whole.as_strided((whole.numel(),), (1,))  # of one element or none, the stride may be anything
+        data = flat.view(torch.uint8).numpy().data
         return _tensor, (pickle.PickleBuffer(data) if value.numel() else b"", value.dtype, value.shape)
 
 

@@ -312,6 +312,7 @@ class _Nursery:
 
 
 def _breed(channel: socket.socket, work: Work[Any, Any]) -> None:
+    living: set[int] = set()
     killed: set[int] = set()
     while True:
         try:
@@ -321,10 +322,14 @@ def _breed(channel: socket.socket, work: Work[Any, Any]) -> None:
         if kind == _FORK:
             with socket.socket(fileno=descriptors[0]) as theirs:
                 number = _fork(functools.partial(_serve, theirs, work), channel)
+            living.add(number)
         elif kind == _KILL:
-            os.kill(number, signal.SIGKILL)  # its number is not given away before it is waited for
-            killed.add(number)
+            if number in living:  # until it is waited for, its number is not given away
+                os.kill(number, signal.SIGKILL)
+                living.remove(number)
+                killed.add(number)
         else:
+            living.remove(number)
             number = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
         killed -= {pid for pid in killed if os.waitpid(pid, os.WNOHANG)[0]}
         send(channel, kind, number)

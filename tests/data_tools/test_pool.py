@@ -128,6 +128,8 @@ def test_tensors_and_arrays_cross_unchanged():
     values = {
         "strided": torch.arange(24.0).view(4, 6).t()[1:, ::2],
         "empty": torch.zeros(1 << 20)[:0].view(0, 3),
+        "odd strides": torch.arange(5).as_strided((0,), (0,)),
+        "expanded": torch.arange(5)[3:4].expand(1, 1).as_strided((1, 1), (0, 0)),
         "scalar": torch.tensor(3.5, dtype=torch.float64),
         "flags": torch.tensor([True, False]),
         "brain": torch.randn(5, generator=torch.Generator().manual_seed(0)).bfloat16(),
