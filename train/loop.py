@@ -87,7 +87,7 @@ def _train(run: Run, loader: Loader) -> None:
     stop = min(config.run.stop_after or config.run.steps, config.run.steps)
     if world.is_main:
         # Which order and how many ranks the next steps have: what it takes to replay one of them.
-        part = {"step": start, "ranks": world.size, "plan": asdict(run.order.state(start))}
+        part = {"step": start + 1, "ranks": world.size, "plan": asdict(run.order.state(start))}
         append_jsonl(folder / PARTS_FILE, [part])
     batches = loader.steps(start, stop)
     gc.collect()
@@ -97,7 +97,7 @@ def _train(run: Run, loader: Loader) -> None:
             values, problem = train_step(run, batches, Progress(step, config.run.steps))
             asked = values.pop("stop") and step + 1 < stop
             metrics.log(step + 1, values)
-            problem = problem or (_too_many_bad(run, step) if values["holes"] else None)
+            problem = problem or (_too_many_bad(run, step + 1) if values["holes"] else None)
             due = config.run.save_every and (step + 1) % config.run.save_every == 0
             if step + 1 == stop or due or problem or asked:
                 _save(run, step + 1)
@@ -120,7 +120,7 @@ def train_step(run: Run, batches: Iterator[list[Batch]], progress: Progress) -> 
     run, if anything."""
     engine, system, world, step = run.engine, run.system, run.world, progress.step
     began = time.perf_counter()
-    run.heartbeat.phase("data", step)
+    run.heartbeat.phase("data", step + 1)
     micro_batches = [batch.to(world.device) for batch in next(batches)]
     waited = time.perf_counter() - began
     own = {name: sum(batch.counts[name] for batch in micro_batches) for name in micro_batches[0].counts}
@@ -129,15 +129,15 @@ def train_step(run: Run, batches: Iterator[list[Batch]], progress: Progress) -> 
         group["lr"] = learning_rate(run.config, step)
     losses = []
     for number, batch in enumerate(micro_batches):
-        run.heartbeat.phase("forward", step)
+        run.heartbeat.phase("forward", step + 1)
         loss = system.loss(engine, batch, progress)
-        run.heartbeat.phase("backward", step)
+        run.heartbeat.phase("backward", step + 1)
         # The engine averages over ranks; the terms are divided by the whole step's counts already.
         engine.backward(combine(loss, counts) * world.size, scale_wrt_gas=False)
         losses.append({name: Term(term.sum.detach(), term.weight) for name, term in loss.items()})
         if number + 1 < len(micro_batches):
             engine.step()
-    run.heartbeat.phase("step", step)
+    run.heartbeat.phase("step", step + 1)
     holes = [asdict(hole) for batch in micro_batches for hole in batch.holes]
     sums = {f"loss/{name}": sum(float(loss[name].sum) for loss in losses) for name in losses[0]}
     sums |= {"holes": float(len(holes)), "waited": waited, "stop": float(run.stop.asked() is not None)}
@@ -151,9 +151,9 @@ def train_step(run: Run, batches: Iterator[list[Batch]], progress: Progress) -> 
     norm = float(engine.get_global_grad_norm() or 0.0)
     if not refusal and not math.isfinite(norm):
         refusal = Refusal("the gradient is not finite")
-    problem = _refused(run, refusal, micro_batches, values["loss/total"], step)
+    problem = _refused(run, refusal, micro_batches, values["loss/total"], step + 1)
     if totals["holes"]:
-        _write_lines(run, "quarantine.jsonl", step, holes)
+        _write_lines(run, "quarantine.jsonl", step + 1, holes)
 
     elapsed = time.perf_counter() - began
     values |= {f"count/{name}": count for name, count in counts.items()}
@@ -241,10 +241,8 @@ def _resume(run: Run) -> int:
         state, losses = load_checkpoint(run.engine, path, run.world)
         step, run.guard = run.order.resume(state), Guard(run.config.guard, losses)
     if run.world.is_main:
-        # metrics count steps from 1, the others from 0
-        drop_after(folder / "metrics.jsonl", step)
-        for name in ("quarantine.jsonl", "refused.jsonl", PARTS_FILE):
-            drop_after(folder / name, step - 1)
+        for name in ("metrics.jsonl", "quarantine.jsonl", "refused.jsonl", PARTS_FILE):
+            drop_after(folder / name, step)
         if path is not None:
             print(f"resuming from {path} at step {step}", flush=True)
     run.world.barrier()

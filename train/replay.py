@@ -1,6 +1,6 @@
 """`swim data replay`: the packs and batches of a step of a run, made again from what its folder holds.
 
-Steps count from 1, as in metrics.jsonl; quarantine.jsonl and the loop count them from 0.
+Steps count from 1, as in all files of a run.
 """
 
 import json
@@ -86,7 +86,7 @@ def replay(
         for number, (pack, batch) in enumerate(zip(order.packs(step - 1, of, num_ranks), batches, strict=True)):
             micro_batches.append(MicroBatch(of, number, pack, batch))
     logged = next((line for line in _lines(run / "metrics.jsonl") if line["step"] == step), None)
-    quarantined = [line for line in _lines(run / "quarantine.jsonl") if line["step"] == step - 1]
+    quarantined = [line for line in _lines(run / "quarantine.jsonl") if line["step"] == step]
     comparable = logged is not None and rank is None and num_ranks == own_ranks
     return Replay(
         config=config,
@@ -118,7 +118,7 @@ def _config(run: Path, data: Sequence[str]) -> Config:
 
 def _part(run: Path, step: int) -> dict[str, Any]:
     """What was noted when the part of the run began that has this step."""
-    parts = [part for part in _lines(run / PARTS_FILE) if part["step"] < step]
+    parts = [part for part in _lines(run / PARTS_FILE) if part["step"] <= step]
     if not parts:
         raise ReplayError(
             f"{run / PARTS_FILE} tells of no part with step {step}; only runs that wrote it can be replayed"

@@ -272,6 +272,8 @@ def test_a_damaged_sample_is_a_listed_hole_and_the_run_goes_on(tmp_path):
     assert code != 0
     assert "data.max_bad is 2" in output
     assert "quarantine.jsonl" in output
+    assert f"step {step + 1}: 3 conversations could not be read so far" in output
+    assert "Most often: 3 x" in output
 
 
 def test_order_does_not_depend_on_the_number_of_ranks(mixed):

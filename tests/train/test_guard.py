@@ -81,7 +81,7 @@ def test_a_fault_of_one_rank_changes_nothing_on_any_and_the_run_goes_on(clips, t
     order, shards = Order(load_config(folder / "config.yaml")), ShardSet(clips)
     reasons = {2: "the loss is not finite", 3: "the gradient is not finite", 6: "is a spike: the limit is"}
     for step, reason in reasons.items():
-        lines = [line for line in refused(folder) if line["step"] == step]
+        lines = [line for line in refused(folder) if line["step"] == step + 1]
         assert len(lines) == ranks
         assert all(reason in line["reason"] for line in lines)
         units = [unit for pack in order.packs(step, 0, 1) for unit in pack]
@@ -106,7 +106,7 @@ def test_rewind_goes_back_to_the_last_checkpoint_and_passes_over_the_packs(clips
     sums = weights(folder)
     assert sums[4] == sums[2], "saved behind step 2"
     assert len({*sums[:4], *sums[5:]}) == 6
-    assert "step 4: back to the weights of runs/run/checkpoints/step_00000003" in output
+    assert "step 5: back to the weights of runs/run/checkpoints/step_00000003" in output
     assert [line["step"] for line in metrics(folder)] == [1, 2, 3, 4, 5, 6, 7]
 
 

@@ -81,7 +81,7 @@ def test_replayed_batches_are_bit_for_bit_those_of_training(trained, tmp_path):
                 seen += [len(told["quarantined"])]
     assert sum(seen), "the damaged clip must have come"
     parts = [json.loads(line) for line in (trained / "run" / "parts.jsonl").read_text().splitlines()]
-    assert [(part["step"], part["ranks"]) for part in parts] == [(0, 1), (2, 1)]
+    assert [(part["step"], part["ranks"]) for part in parts] == [(1, 1), (3, 1)]
 
 
 def test_other_numbers_of_ranks_share_the_same_packs(trained):
