@@ -90,7 +90,8 @@ def save_checkpoint(
                 _commit(hidden, final, keep=keep)
     if world.is_main and (problem := problem or files.problem):
         needed = sum(entry["size"] for entries, _ in wrote for entry in entries.values())
-        problem = f"{final}: not saved: {problem}; {_room(folder, needed)}. Older checkpoints are untouched"
+        what = "saved, but not linked or others not removed" if final.exists() else "not saved"
+        problem = f"{final}: {what}: {problem}; {_room(folder, needed)}. Older checkpoints are untouched"
         with suppress(OSError):
             _clear(folder)
     if problem := world.gather(problem)[0]:

@@ -67,7 +67,12 @@ class Partitions:
     @cached_property
     def frozen(self) -> dict[str, torch.Size]:
         """Shapes of the parameters that have none."""
-        return dict(self._model(0)["frozen_param_shapes"] or {})
+        model = self._model(0)
+        if self.stage == 3:
+            return dict(model["frozen_param_shapes"])
+        # Stage 1 lists none; here the module's own state has them whole.
+        other = {*self.trained, *self.buffers, *model["shared_params"]}
+        return {name: tensor.shape for name, tensor in model["module"].items() if name not in other}
 
     def read(self, name: str, key: str, start: int, numel: int) -> Tensor:
         """A range of a flattened trained parameter: its `fp32` value, or what the optimizer keeps under `key`."""
