@@ -9,7 +9,7 @@ import deepspeed
 import torch
 
 from swim.data_tools.plan import PlanState
-from swim.train import checkpoint
+from swim.train import checkpoint, state_files
 from swim.train.world import World, init_world
 
 STATE = PlanState(run_step=0, epoch=0, step=0, plan_digest="digest", identity={})
@@ -103,10 +103,10 @@ def _fail_once(engine: Any, out: Path, world: World) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if world.rank == world.size - 1:
-        checkpoint.open = full
+        state_files.open = full
     try:
         checkpoint.save_checkpoint(engine, out / "stage3", 3, STATE, world)
     except checkpoint.CheckpointError as error:
         (out / f"error_{world.rank}").write_text(str(error))
     if world.rank == world.size - 1:
-        del checkpoint.open
+        del state_files.open

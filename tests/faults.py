@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from swim.train import checkpoint
+from swim.train import state_files
 
 CREATING = ("open", "write", "fsync", "mkdir", "replace", "symlink")
 REMOVING = ("unlink", "rmdir")
@@ -34,7 +34,7 @@ class Disk:
     def watched(self) -> Iterator["Disk"]:
         """Every operation of a save goes through this disk."""
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "open", self._open, raising=False)
+            patch.setattr(state_files, "open", self._open, raising=False)
             for name in ("fsync", "mkdir", "replace", "symlink", *REMOVING):
                 patch.setattr(os, name, self._wrapped(name, getattr(os, name)))
             yield self

@@ -59,7 +59,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
-def ranks(name: str) -> dict[int, int]:
+def rank_processes(name: str) -> dict[int, int]:
     """Process id of every rank of the run of this name, by rank; loader processes are none."""
     found: dict[int, tuple[int, int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):

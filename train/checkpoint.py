@@ -12,15 +12,14 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import torch
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
@@ -28,6 +27,7 @@ from swim.data_tools.plan import PlanState
 from swim.data_tools.shards import sync
 from swim.train.partitions import CheckpointError as CheckpointError
 from swim.train.partitions import Partitions, load_partitions
+from swim.train.state_files import StateFiles, written_by
 from swim.train.versions import versions
 from swim.train.weights import frozen_hashes, stock_description
 from swim.train.world import World
@@ -36,6 +36,7 @@ MANIFEST = "manifest.json"
 LAST, BEST = "last", "best"
 _NAME = re.compile(r"step_(\d{8})")
 _HIDDEN = (".incoming_*", ".removed_*", ".link_*")
+_REMEDY = "delete this folder to resume from the one before it"
 
 
 def save_checkpoint(
@@ -56,15 +57,17 @@ def save_checkpoint(
     Links `last`, and `best` of the lowest `score`, follow; of the others, the `keep` newest stay. CheckpointError on
     all ranks if one of them cannot write; what was there before is untouched.
     """
+    if engine.zero_nvme_offload_optimizer():
+        raise CheckpointError(f"{folder}: optimizer state on NVMe lies outside a checkpoint's files; offload it to cpu")
     hidden, final = folder / f".incoming_{step:08d}", folder / f"step_{step:08d}"
-    files = _Files(hidden)
+    files = StateFiles(hidden)
     if world.is_main:
         with files.noting():
             folder.mkdir(parents=True, exist_ok=True)
             _clear(folder)
             hidden.mkdir()
     world.barrier()
-    with _written_by(engine, files):
+    with written_by(engine, files):
         engine.save_checkpoint(str(folder), tag=hidden.name, save_latest=False)
     files.write(f"rng_rank{world.rank:05d}.safetensors", to_bytes(_random_state()))
     frozen = frozen_hashes(engine, world)
@@ -118,7 +121,7 @@ def load_checkpoint(engine: Any, path: Path, world: World) -> tuple[PlanState, l
         )
     if manifest["world"] != world.size and world.is_main:
         print(f"{path}: written by {manifest['world']} ranks, repartitioned for {world.size}", flush=True)
-    load_partitions(engine, Partitions(path, manifest["world"]))
+    load_partitions(engine, Partitions([path / name for name in manifest["files"]], manifest["world"]))
     found = frozen_hashes(engine, world, fresh=True)
     for name in sorted(manifest["frozen"].keys() | found.keys()):
         if manifest["frozen"].get(name) != found.get(name):
@@ -133,105 +136,18 @@ def load_checkpoint(engine: Any, path: Path, world: World) -> tuple[PlanState, l
 def verify(path: Path, world: World | None = None) -> dict[str, Any]:
     """The manifest of a checkpoint whose every file has the size and hash it was written with; the ranks of `world`
     share the work. CheckpointError names what has not."""
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text())
-        by_size = sorted(manifest["files"].items(), key=lambda item: (-item[1]["size"], item[0]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: no usable {MANIFEST} ({error}); {_REMEDY}") from None
     rank, size = (world.rank, world.size) if world else (0, 1)
-    found = [problem for name, entry in by_size[rank::size] if (problem := _damage(path / name, entry))]
-    if problems := sorted(chain(*(world.gather(found) if world else [found]))):
+    manifest: dict[str, Any] = {}
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        by_size = sorted(manifest["files"].items(), key=lambda item: (-item[1]["size"], item[0]))
+        found = [problem for name, entry in by_size[rank::size] if (problem := _damage(path / name, entry))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Told to all ranks below: a disk may fail one of them alone.
+        found = [f"no usable {MANIFEST} ({type(error).__name__}: {error})"]
+    if problems := sorted({*chain(*(world.gather(found) if world else [found]))}):
         raise CheckpointError(f"{path}: {'; '.join(problems)}: {_REMEDY}")
     return manifest
-
-
-_REMEDY = "delete this folder to resume from the one before it"
-
-
-class _Files(TorchCheckpointEngine):
-    """Writes the files of one rank in place of DeepSpeed's own checkpoint engine: synced, with size and hash.
-
-    It never raises, for the other ranks wait inside DeepSpeed's barriers: the first problem is kept, and what comes
-    after it is only counted.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self._folder = folder
-        self.entries: dict[str, dict[str, Any]] = {}
-        self.problem: str | None = None
-
-    @contextmanager
-    def noting(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # whatever it is, all ranks must hear of it
-            self.problem = self.problem or f"{type(error).__name__}: {error}"
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a file of the checkpoint."""
-        with self._hashed(self._folder / name) as file:
-            file.write(data)
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """DeepSpeed's call for a folder."""
-        with self.noting():
-            os.makedirs(path, exist_ok=exist_ok)
-
-    def save(self, state_dict: Any, path: str) -> None:
-        """DeepSpeed's call for one of its state files."""
-        with self._hashed(Path(path)) as file:
-            torch.save(state_dict, cast(IO[bytes], file))
-
-    @contextmanager
-    def _hashed(self, path: Path) -> Iterator["_HashedFile"]:
-        file = _HashedFile(None if self.problem else path, self)
-        with self.noting():
-            yield file
-        file.close()
-        self.entries[str(path.relative_to(self._folder))] = {"size": file.size, "sha256": file.digest.hexdigest()}
-
-
-class _HashedFile:
-    """What `torch.save` needs of a file; without a path it only counts."""
-
-    def __init__(self, path: Path | None, files: _Files) -> None:
-        self.size, self.digest, self._files = 0, hashlib.sha256(), files
-        self._file: Any = None
-        with files.noting():
-            self._file = path and open(path, "wb", buffering=1 << 20)  # noqa: SIM115 - closed by close()
-
-    def write(self, data: Any) -> int:
-        self.size += len(data)
-        self.digest.update(data)
-        if self._file and not self._files.problem:
-            with self._files.noting():
-                self._file.write(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """torch calls it; the end is early enough."""
-
-    def close(self) -> None:
-        if self._file:
-            with self._files.noting():
-                self._file.flush()
-                os.fsync(self._file.fileno())
-            with self._files.noting():
-                self._file.close()
-
-
-@contextmanager
-def _written_by(engine: Any, files: _Files) -> Iterator[None]:
-    before = engine.checkpoint_engine
-    engine.checkpoint_engine = files
-    # It would be put beside the checkpoints, outside any of them.
-    engine._copy_recovery_script = lambda _: None
-    try:
-        yield
-    finally:
-        engine.checkpoint_engine = before
-        del engine._copy_recovery_script
 
 
 def _commit(hidden: Path, final: Path, *, keep: int | None) -> None:

@@ -22,7 +22,7 @@ def consolidate(checkpoint: Path, out: Path, *, max_shard_bytes: int = MAX_SHARD
     if out.exists():
         raise CheckpointError(f"{out} exists already; give another folder, or remove it")
     manifest = verify(checkpoint)
-    stock, saved = manifest["stock"], Partitions(checkpoint, manifest["world"])
+    stock, saved = manifest["stock"], Partitions([checkpoint / name for name in manifest["files"]], manifest["world"])
     dtype, sizes = getattr(torch, stock["dtype"]), {**saved.trained, **saved.frozen}
     model = parse_config(manifest["config"], source=str(checkpoint)).model
     shapes = {name: torch.empty(sizes[own], dtype=dtype, device="meta") for name, own in stock["names"].items()}

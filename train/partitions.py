@@ -8,7 +8,7 @@ ranges.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,13 +38,16 @@ class _Piece(NamedTuple):
 
 
 class Partitions:
-    """Parameters and optimizer state of a checkpoint folder that `size` ranks wrote; files are mapped, not read, and
-    unpickled with an allow-list."""
+    """Parameters and optimizer state in the files of a checkpoint that `size` ranks wrote; they are mapped, not read,
+    and unpickled with an allow-list."""
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, files: Iterable[Path], size: int) -> None:
         self._size = size
-        optim = {_rank(path): path for path in folder.glob("*_optim_states.pt")}
-        models = {_rank(path): path for path in folder.glob("*_model_states.pt")}
+        files = list(files)
+        optim, models = (
+            {_rank(path): path for path in files if path.name.endswith(end)}
+            for end in ("_optim_states.pt", "_model_states.pt")
+        )
         self._optim = cache(lambda rank: load_state(optim[rank])["optimizer_state_dict"])
         self._model = cache(lambda rank: load_state(models[rank]))
         self.stage = int(self._optim(0)["zero_stage"])

@@ -145,10 +145,9 @@ def _plan(shapes: dict[str, Tensor], most: int) -> Any:
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write one weight file and wait for the disk."""
+    """Write one weight file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"format": "pt"})
-    sync(path)
 
 
 def finish_folder(
@@ -175,6 +174,8 @@ def finish_folder(
     for name in PROCESSOR_FILES:
         if found := base and cached_file(base, name, _raise_exceptions_for_missing_entries=False):
             shutil.copyfile(found, hidden / name)
+    for path in [*hidden.rglob("*"), hidden]:
+        sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(hidden, folder)
     sync(folder.resolve().parent)

@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 import torch
-from processes import TINY, finish, kill, metrics, ranks, run, start
+from processes import TINY, finish, kill, metrics, rank_processes, run, start
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import family_config, largest_difference, make_data
@@ -237,7 +237,7 @@ def test_ten_kills_of_a_random_rank_leave_the_undisturbed_curve(mixed, tmp_path)
         while process.poll() is None and checkpoint_time(killed) == before:
             time.sleep(0.01)
         time.sleep(random.uniform(0, 0.5))  # a step and its save take about 0.1 s each
-        victim = ranks("killed").get(random.randrange(2))
+        victim = rank_processes("killed").get(random.randrange(2))
         assert victim is not None, process.communicate()[0][-3000:]
         os.kill(victim, signal.SIGKILL)
         code, output = finish(process)
