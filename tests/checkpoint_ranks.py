@@ -32,8 +32,8 @@ class Small(torch.nn.Module):
         return y.square().mean()
 
 
-def build_small(stage: int = 3, seed: int = 0) -> Any:
-    """The engine around a small model of this seed."""
+def build_small(stage: int = 3, seed: int = 0, *, persistent: bool = False) -> Any:
+    """The engine around a small model of this seed, whose parameters stay whole on every rank if `persistent`."""
     torch.manual_seed(seed)
     model = Small()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -43,7 +43,11 @@ def build_small(stage: int = 3, seed: int = 0) -> Any:
     ]
     fields = {
         "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": stage,
+            "stage3_param_persistence_threshold": 1000 if persistent else 0,
+            "overlap_comm": False,
+        },
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,

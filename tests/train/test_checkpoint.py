@@ -5,14 +5,19 @@ import json
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from checkpoint_ranks import STATE, build_small, join, save_on_ranks, train_small, weights
 from faults import CREATING, Disk, Killed
 
-from swim.train import checkpoint
+from swim.train import checkpoint, loop
 from swim.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, verify
+from swim.train.config import load_config
+from swim.train.guard import Guard
+from swim.train.world import World
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +195,11 @@ def checkpoint_entry(path: Path) -> dict[str, object]:
     return {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_one_rank_goes_on_where_two_were(two_ranks, world, stage):
+@pytest.mark.parametrize(("stage", "persistent"), [(1, False), (2, False), (3, False), (3, True)])
+def test_one_rank_goes_on_where_two_were(two_ranks, world, stage, persistent):
     """Frozen weights too, which this engine has other values of."""
     expected = torch.load(two_ranks / "expected.pt")[stage]
-    engine = build_small(stage, seed=1)
+    engine = build_small(stage, seed=1, persistent=persistent)
     load_checkpoint(engine, two_ranks / f"stage{stage}" / "last", world)
     found = weights(engine)
     assert all(torch.equal(found[name], expected["weights"][name]) for name in found)
@@ -217,3 +222,27 @@ def test_a_frozen_weight_that_is_not_what_it_was_is_named(two_ranks, world, tmp_
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"frozen parameter eye\.weight"):
         load_checkpoint(build_small(), path.parent, world)
+
+
+def test_a_run_outlives_two_failed_saves_but_no_third_and_no_failed_last_one(monkeypatch, capsys):
+    config = load_config("tiny_cpu", ["run.save_every=2"])
+    run = SimpleNamespace(config=config, heartbeat=Mock(), guard=Guard(config.guard, [9.0, 1.0, 3.0]), engine=None)
+    run.order, run.world, run.failed_saves = Mock(), World(0, 1, torch.device("cpu")), 0
+    outcomes = iter([True, True, False, True, True, True])
+    scores = []
+
+    def save(*_, score, **__):
+        scores.append(score)
+        if next(outcomes, True):
+            raise CheckpointError("no space")
+
+    monkeypatch.setattr(loop, "save_checkpoint", save)
+    for step in range(5):
+        loop._save(run, step, last=False)
+    assert capsys.readouterr().out.count("no space; going on") == 4
+    with pytest.raises(CheckpointError):
+        loop._save(run, 5, last=False)
+    run.failed_saves = 0
+    with pytest.raises(CheckpointError):
+        loop._save(run, 6, last=True)
+    assert set(scores) == {2.0}, "the mean of the losses since the checkpoint before"

@@ -1,19 +1,25 @@
 """Promise: a stock folder can be made of any checkpoint, a shard at a time, equal to what the end of a run leaves."""
 
+import errno
 import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from processes import TINY, run
 from safetensors.torch import load_file
-from tiny import contents, family_config, make_data
+from tiny import contents, family_config, make_data, tiny_config
 from transformers import AutoModelForImageTextToText
 
 from swim.train import consolidate as module
+from swim.train import weights
 from swim.train.checkpoint import CheckpointError
 from swim.train.consolidate import consolidate
 from swim.train.system import build_system
-from swim.train.weights import stock_description
+from swim.train.weights import save_model, stock_description, write_shard
+from swim.train.world import World
 
 
 def test_a_checkpoint_gives_the_bytes_of_the_final_model(tmp_path, monkeypatch):
@@ -81,3 +87,23 @@ def test_names_and_configs_are_those_of_save_pretrained(tmp_path, model_type, lo
     assert all(torch.equal(saved[name], own[stock["names"][name]]) for name in saved)
     for name, text in stock["files"].items():
         assert (tmp_path / "model" / name).read_text() == text
+
+
+def test_a_model_that_cannot_be_written_is_an_error_on_all_ranks_and_the_old_one_stays(tmp_path, monkeypatch):
+    system = build_system(tiny_config(tmp_path))
+    engine, world = SimpleNamespace(module=system.build_model()), World(0, 1, torch.device("cpu"))
+    save_model(engine, tmp_path / "model", system.tokenizer, None, world)
+    before = contents(tmp_path / "model")
+    written = []
+
+    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_shard(path, tensors)
+
+    monkeypatch.setattr(weights, "write_shard", write)
+    with pytest.raises(CheckpointError, match=r"could not be written: OSError: .* No space left on device"):
+        save_model(engine, tmp_path / "model", system.tokenizer, None, world, max_shard_bytes=100_000)
+    assert len(written) == 2
+    assert contents(tmp_path / "model") == before
