@@ -59,6 +59,23 @@ def kill(process: subprocess.Popen[str]) -> None:
     os.killpg(process.pid, signal.SIGKILL)
 
 
+def rank_processes(name: str) -> dict[int, int]:
+    """Process id of every rank of the run of this name, by rank; loader processes are none."""
+    found: dict[int, tuple[int, int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"run.name={name}".encode() not in (folder / "cmdline").read_bytes().split(b"\0"):
+                continue
+            variables = dict(line.split(b"=", 1) for line in (folder / "environ").read_bytes().split(b"\0") if line)
+            started = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[19])
+        except OSError:
+            continue
+        if b"RANK" in variables:
+            rank = int(variables[b"RANK"])
+            found[rank] = min(found.get(rank, (started, int(folder.name))), (started, int(folder.name)))
+    return {rank: pid for rank, (_, pid) in found.items()}
+
+
 def run(
     arguments: Sequence[str], *, cwd: Path, command: Sequence[str] = ("bash", str(LAUNCHER)), timeout_s: float = 180
 ) -> str:

@@ -91,3 +91,8 @@ def family_config(data: Path, model_type: str, *overrides: str) -> Config:
             vision |= {**plain, "image_size": 56}
     model = {"model_type": model_type, "tie_word_embeddings": False, "text_config": text, "vision_config": vision}
     return tiny_config(data, f"model.config={json.dumps(model)}", "system.layers=[0, 2]", *overrides)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file of a folder, by its path inside."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

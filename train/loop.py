@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from swim.train.batch import Batch
-from swim.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_model
+from swim.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from swim.train.config import Config
 from swim.train.engine import build_engine, nothing_applied
 from swim.train.guard import Guard, Refusal
@@ -31,9 +31,11 @@ from swim.train.metrics import PARTS_FILE, Metrics, append_jsonl, drop_after, pe
 from swim.train.prepare import build_loader, build_order, prepare_run
 from swim.train.stop import Stopped, StopSwitch
 from swim.train.system import Progress, System, Term, build_system
+from swim.train.weights import save_model
 from swim.train.world import World, init_world
 
 _COLLECT_EVERY = 50  # steps
+_MAX_FAILED_SAVES = 3  # in a row
 
 
 class TrainingError(RuntimeError):
@@ -52,6 +54,7 @@ class Run:
     guard: Guard
     stop: StopSwitch
     heartbeat: Heartbeat
+    failed_saves: int = 0  # in a row
 
 
 def train(config: Config) -> Path:
@@ -100,7 +103,7 @@ def _train(run: Run, loader: Loader) -> None:
             problem = problem or (_too_many_bad(run, step + 1) if values["holes"] else None)
             due = config.run.save_every and (step + 1) % config.run.save_every == 0
             if step + 1 == stop or due or problem or asked:
-                _save(run, step + 1)
+                _save(run, step + 1, last=bool(step + 1 == stop or problem or asked))
             if problem:
                 raise TrainingError(problem)
             if asked:
@@ -224,10 +227,29 @@ def _rewind(run: Run, step: int) -> str | None:
     return None
 
 
-def _save(run: Run, step: int) -> None:
+def _save(run: Run, step: int, *, last: bool) -> None:
+    """Save behind `step`; a disk that is full for a while does not end the run, unless this is its last save."""
     run.heartbeat.phase("save", step)
-    folder = run.config.run.folder / "checkpoints"
-    save_checkpoint(run.engine, folder, step, run.order.state(step), run.world, guard=run.guard.state)
+    config, losses = run.config, run.guard.state[-(run.config.run.save_every or run.config.run.steps) :]
+    try:
+        save_checkpoint(
+            run.engine,
+            config.run.folder / "checkpoints",
+            step,
+            run.order.state(step),
+            run.world,
+            guard=run.guard.state,
+            score=sum(losses) / len(losses) if losses else None,
+            keep=config.run.keep,
+            config=config.model_dump(mode="json"),
+        )
+        run.failed_saves = 0
+    except CheckpointError as error:
+        run.failed_saves += 1
+        if last or run.failed_saves >= _MAX_FAILED_SAVES:
+            raise
+        if run.world.is_main:
+            print(f"step {step}: {error}; going on ({run.failed_saves} of {_MAX_FAILED_SAVES})", flush=True)
 
 
 def _latest(run: Run) -> Path | None:

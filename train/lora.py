@@ -1,6 +1,8 @@
 """Low-rank adapters beside full fine-tuning, through peft (LoRA, arXiv 2106.09685); trained models leave merged."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import save_file
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from swim.train.config import ConfigError, LoraConfig
 
 _PREFIX = "base_model.model."
+_WEIGHT = ".base_layer.weight"
 
 
 def add_lora(model: nn.Module, config: LoraConfig) -> nn.Module:
@@ -35,26 +38,40 @@ def has_lora(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def merge_lora(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the plain model, adapters added in, from the gathered parameters `state` of the adapted one."""
-    merged = {}
-    for name, tensor in state.items():
-        if ".lora_" in name:
-            continue
-        plain = name.removeprefix(_PREFIX)
-        if plain.endswith(".base_layer.weight"):
-            layer = name.removesuffix(".base_layer.weight")
-            scale = model.get_submodule(layer).scaling["default"]
-            # In fp32: the update is small beside the weight.
-            up, down = (state[f"{layer}.lora_{side}.default.weight"].float() for side in "BA")
-            tensor = (tensor.float() + scale * (up @ down)).to(tensor.dtype)
-        merged[plain.replace(".base_layer.", ".")] = tensor
-    return merged
+def lora_scales(model: Any) -> dict[str, float]:
+    """Factor of the update of every adapted weight, by its name in the adapted model."""
+    return {
+        name: float(model.get_submodule(name.removesuffix(_WEIGHT)).scaling["default"])
+        for name, _ in model.named_parameters()
+        if name.endswith(_WEIGHT)
+    }
 
 
-def save_adapter(model: Any, state: dict[str, Tensor], folder: Path) -> None:
-    """The adapters alone in peft's own layout, from the gathered parameters `state`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.peft_config["default"].save_pretrained(str(folder))
-    own = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in state.items() if ".lora_" in name}
-    save_file(own, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+def plain_name(name: str) -> str:
+    """A parameter's name in the plain model."""
+    return name.removeprefix(_PREFIX).replace(".base_layer.", ".")
+
+
+def sides(name: str) -> tuple[str, str]:
+    """Names of the two matrices, down and up, that adapt the weight `name`."""
+    layer = name.removesuffix(_WEIGHT)
+    return f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"
+
+
+def merged(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """The weight with its adapter added in."""
+    # In fp32: the update is small beside the weight.
+    return (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
+
+
+def adapter_config(model: Any) -> str:
+    """The text of peft's own adapter_config.json."""
+    with TemporaryDirectory() as folder:
+        model.peft_config["default"].save_pretrained(folder)
+        return (Path(folder) / "adapter_config.json").read_text()
+
+
+def save_adapter(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write the adapters alone, from their parameters `state`, under peft's own names."""
+    own = {name.replace(".default.", "."): tensor.contiguous() for name, tensor in state.items()}
+    save_file(own, path, metadata={"format": "pt"})

@@ -3,19 +3,24 @@ bit."""
 
 import json
 import math
+import os
 import shutil
+import signal
 import time
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
-from processes import TINY, finish, kill, metrics, run, start
+from processes import TINY, finish, kill, metrics, rank_processes, run, start
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import family_config, largest_difference, make_data
 from transformers import AutoModelForImageTextToText
 
 from swim.data_tools.records import Conversation, Record, Turn
 from swim.data_tools.shards import ShardWriter
+from swim.train.checkpoint import verify
 from swim.train.config import load_config
 from swim.train.loader import Loader, Order
 from swim.train.loop import combine, learning_rate
@@ -218,6 +223,69 @@ def test_a_killed_run_resumes_bit_for_bit(mixed, tmp_path):
     a, b = ([drop_times(line) for line in metrics(folder)] for folder in (whole, killed))
     assert a == b
     assert (whole / "model" / "model.safetensors").read_bytes() == (killed / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_ten_kills_of_a_random_rank_leave_the_undisturbed_curve(mixed, tmp_path):
+    options = arguments(mixed, "run.steps=100", "run.save_every=2", "data.packs_per_step=2", "launch.ranks=2")
+    run([*options, "run.name=whole"], cwd=tmp_path, timeout_s=600)
+    whole, killed = tmp_path / "runs" / "whole", tmp_path / "runs" / "killed"
+    random, kills = Random(7), 0
+    while kills < 10:
+        process = start([*options, "run.name=killed"], cwd=tmp_path)
+        before = checkpoint_time(killed)
+        while process.poll() is None and checkpoint_time(killed) == before:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))  # a step and its save take about 0.1 s each
+        victim = rank_processes("killed").get(random.randrange(2))
+        assert victim is not None, process.communicate()[0][-3000:]
+        os.kill(victim, signal.SIGKILL)
+        code, output = finish(process)
+        assert not (killed / "done.json").exists(), "more steps are needed for ten kills"
+        assert code != 0, output[-3000:]
+        kills += 1
+        for path in (killed / "checkpoints").glob("step_*"):
+            verify(path)
+    output = run([*options, "run.name=killed"], cwd=tmp_path, timeout_s=600)
+    assert "resuming from" in output
+    a, b = ([drop_times(line) for line in metrics(folder)] for folder in (whole, killed))
+    assert a == b
+    assert (whole / "model" / "model.safetensors").read_bytes() == (killed / "model" / "model.safetensors").read_bytes()
+
+
+def checkpoint_time(folder: Path) -> int:
+    last = folder / "checkpoints" / "last"
+    return last.lstat().st_mtime_ns if last.is_symlink() else 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [3, 2])
+def test_a_run_goes_on_with_another_number_of_ranks(mixed, tmp_path, stage):
+    """2 -> 1 -> 2 -> 4 ranks, with a frozen vision tower, against two ranks throughout."""
+    engine = json.loads((mixed / "engine.json").read_text())
+    engine["zero_optimization"]["stage"] = stage
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    more = [f"deepspeed={tmp_path / 'engine.json'}", "model.freeze=['visual']", "optim.weight_decay=0.1"]
+    options = arguments(mixed, "run.steps=35", "data.packs_per_step=4", "run.keep=9", *more)
+    run([*options, "run.name=whole", "launch.ranks=2"], cwd=tmp_path, timeout_s=600)
+    parts = [(2, 5), (1, 15), (2, 25), (4, 35)]
+    for number, end in parts:
+        output = run(
+            [*options, "run.name=parts", f"launch.ranks={number}", f"run.stop_after={end}"], cwd=tmp_path, timeout_s=600
+        )
+        assert end == 5 or f"repartitioned for {number}" in output
+    whole, changed = (tmp_path / "runs" / name for name in ("whole", "parts"))
+    lines = list(zip(metrics(whole), metrics(changed), strict=True))
+    worst = max(abs(a[name] - b[name]) for a, b in lines for name in ("loss/text", "loss/mask", "loss/total"))
+    print(f"ZeRO-{stage}: largest difference of a loss {worst:.2e}")
+    assert worst < 1e-5
+    frozen = [
+        json.loads((changed / "checkpoints" / f"step_{end:08d}" / "manifest.json").read_text()) for _, end in parts
+    ]
+    assert len(frozen[0]["frozen"]) > 10
+    assert all(manifest["frozen"] == frozen[0]["frozen"] for manifest in frozen)
+    base, trained = (load_file(folder / "model.safetensors") for folder in (mixed / "base", changed / "model"))
+    assert all(torch.equal(base[name], trained[name]) == ("visual" in name) for name in base)
 
 
 def drop_times(line):

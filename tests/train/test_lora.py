@@ -8,11 +8,12 @@ import pytest
 import torch
 from processes import TINY, metrics, run
 from safetensors.torch import load_file
-from tiny import gradients, largest_difference, make_batch, make_data, tiny_config
+from tiny import contents, gradients, largest_difference, make_batch, make_data, tiny_config
 from transformers import AutoModelForImageTextToText
 
 from swim.train.config import ConfigError
-from swim.train.lora import merge_lora
+from swim.train.consolidate import consolidate
+from swim.train.lora import lora_scales, merged, plain_name, sides
 from swim.train.predict import load_run
 from swim.train.system import Progress, build_system
 
@@ -59,10 +60,13 @@ def test_merged_weights_give_the_adapters_output(shards):
     randomise(model)
     batch = make_batch(system, shards, [0, 1])
     state = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    plain_state = {plain_name(name): tensor for name, tensor in state.items() if ".lora_" not in name}
+    for name, scale in lora_scales(model).items():
+        plain_state[plain_name(name)] = merged(state[name], *(state[side] for side in sides(name)), scale)
     with torch.no_grad():
         want = model.eval()(**batch.inputs, use_cache=False).logits
         before = plain.eval()(**batch.inputs, use_cache=False).logits
-        plain.load_state_dict(merge_lora(model, state))
+        plain.load_state_dict(plain_state)
         got = plain(**batch.inputs, use_cache=False).logits
     torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
     assert (before - want).abs().max() > 0.1, "the adapters must change the output"
@@ -70,7 +74,7 @@ def test_merged_weights_give_the_adapters_output(shards):
     assert largest_difference(theirs, ours) < 1e-6
 
 
-def test_a_run_with_adapters_leaves_a_stock_model_and_the_adapters(shards, tmp_path):
+def test_a_run_with_adapters_leaves_a_stock_model_and_the_adapters(shards, tmp_path, monkeypatch):
     """Two ZeRO-3 ranks; a base that is loaded, whose own weights must come out as they went in."""
     base = tmp_path / "base"
     system, model = build(shards)
@@ -97,6 +101,9 @@ def test_a_run_with_adapters_leaves_a_stock_model_and_the_adapters(shards, tmp_p
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed == {n for n in old if n.startswith("model.layers.") and n.endswith("_proj.weight")}
     assert load_run(folder).model.lora is None, "the trained model has no adapters left"
+    monkeypatch.chdir(tmp_path)
+    consolidate(folder / "checkpoints" / "last", tmp_path / "consolidated")
+    assert contents(tmp_path / "consolidated") == contents(folder / "model")
 
 
 def test_targets_that_match_nothing_are_an_error(shards):
