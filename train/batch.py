@@ -39,6 +39,7 @@ class BatchOptions:
     shared_prefix: bool = True  # conversations about a clip share its tokens
     scope: Scope = "frame"
     row_offset: int = 0  # -1: the query that predicts the noun token instead of its own
+    sequence: int = 1  # ranks that divide the columns: padded to a multiple of it, and always with a layout
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Batch:
     """One micro-batch: model inputs, answer labels, noun rows, counts for step-wide means, and who is in it."""
 
     inputs: dict[str, Tensor]
-    layout: Layout | None  # None: rows of one plain sequence each, described by the attention mask
+    layout: Layout | None  # None: rows of one plain sequence each, described by the attention mask alone
     label_columns: Tensor  # (C,) sequence columns whose logits are needed (`logits_to_keep`)
     label_rows: Tensor  # (A,) batch row of each answer token
     label_slots: Tensor  # (A,) place in label_columns of the column that predicts it
@@ -126,7 +127,8 @@ def make_batch(
 
     rows, places = _lay_out(encoded, groups, packed=options.packed)
     layout = Layout(tuple(tuple(_pieces(encoded, groups[g]) for g in row) for row in rows), 0)
-    layout = replace(layout, length=max(sum(map(sum, row)) for row in layout.rows))
+    longest = max(sum(map(sum, row)) for row in layout.rows)
+    layout = replace(layout, length=-(-longest // options.sequence) * options.sequence)
     shape = (len(rows), layout.length)
     ids, types = np.full(shape, options.pad_token), np.zeros(shape, dtype=np.int64)
     positions: np.ndarray | None = None
@@ -155,7 +157,7 @@ def make_batch(
     labels = _labels(encoded, places)
     return Batch(
         inputs=inputs,
-        layout=None if layout.is_padded else layout,
+        layout=None if layout.is_padded and options.sequence == 1 else layout,
         **labels,
         table=table,
         nouns=nouns,

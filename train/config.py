@@ -305,6 +305,14 @@ class GuardConfig(Section):
     """The same for what comes before the second step, and for saving."""
 
 
+class ParallelConfig(Section):
+    """How a micro-batch is divided among ranks."""
+
+    sequence: int = Field(1, gt=0)
+    """Consecutive ranks that hold one micro-batch together, each a part of its tokens, for long videos
+    (docs/scaling.md); divides the number of ranks and that of attention heads."""
+
+
 class LaunchConfig(Section):
     """How the run is started."""
 
@@ -319,6 +327,7 @@ class Config(Section):
     model: ModelConfig
     data: DataConfig
     optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig(sequence=1)
     launch: LaunchConfig = LaunchConfig(ranks=None)
     guard: GuardConfig = GuardConfig.model_validate({})
     deepspeed: str = "zero3_cpu"

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
+from torch.distributed import ProcessGroup
 
 from swim.train.config import Config, engine_file
 from swim.train.system import System
@@ -27,15 +28,15 @@ def engine_config(config: Config, micro_batches: int, world_size: int) -> dict[s
     }
 
 
-def build_engine(config: Config, system: System, micro_batches: int, world: World) -> Any:
-    """The engine with the system's model and optimizer inside."""
+def build_engine(config: Config, system: System, micro_batches: int, world: World, group: ProcessGroup | None) -> Any:
+    """The engine with the system's model and optimizer inside; the ranks of `group` hold micro-batches together."""
     fields = engine_config(config, micro_batches, world.size)
     from transformers.integrations import HfDeepSpeedConfig
 
     # While it lives, transformers makes (and loads) every parameter partitioned; zero.Init alone breaks its
     # initialisation.
     partitioned = HfDeepSpeedConfig(fields)
-    model = system.build_model()
+    model = system.build_model(group)
     model.train()
     engine, *_ = deepspeed.initialize(model=model, model_parameters=system.param_groups(model), config=fields)
     del partitioned

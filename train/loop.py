@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from swim.train.batch import Batch
 from swim.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
@@ -29,6 +30,7 @@ from swim.train.heartbeat import Heartbeat
 from swim.train.loader import Loader, Order
 from swim.train.metrics import PARTS_FILE, Metrics, append_jsonl, drop_after, peak_memory_mib, write_whole
 from swim.train.prepare import build_loader, build_order, prepare_run
+from swim.train.sequence import agreed
 from swim.train.stop import Stopped, StopSwitch
 from swim.train.system import Progress, System, Term, build_system
 from swim.train.weights import save_model
@@ -48,6 +50,7 @@ class Run:
 
     config: Config
     world: World
+    group: ProcessGroup | None  # ranks that hold a micro-batch together with this one
     system: System
     order: Order
     engine: Any
@@ -63,6 +66,7 @@ def train(config: Config) -> Path:
     Stopped if it was asked to end before, TrainingError if it cannot go on.
     """
     world = init_world()
+    group = world.subgroup(config.parallel.sequence)
     folder, limits = config.run.folder, config.guard
     prepare_run(config, world)
     if any(world.gather(world.is_main and (folder / "done.json").exists())):
@@ -78,8 +82,9 @@ def train(config: Config) -> Path:
         order = build_order(config, system, world)
         # Before the engine: workers are copies of this process, and would keep a second copy of what it changes.
         with build_loader(config, system, order, world) as loader:
-            engine = build_engine(config, system, order.micro_batches(world.size), world)
-            _train(Run(config, world, system, order, engine, Guard(limits), stop, heartbeat), loader)
+            num_readers = world.size // config.parallel.sequence
+            engine = build_engine(config, system, order.micro_batches(num_readers), world, group)
+            _train(Run(config, world, group, system, order, engine, Guard(limits), stop, heartbeat), loader)
     world.close()
     return folder
 
@@ -89,10 +94,11 @@ def _train(run: Run, loader: Loader) -> None:
     start = _resume(run)
     stop = min(config.run.stop_after or config.run.steps, config.run.steps)
     if world.is_main:
-        # Which order and how many ranks the next steps have: what it takes to replay one of them.
-        part = {"step": start + 1, "ranks": world.size, "plan": asdict(run.order.state(start))}
+        # Which order and how many readers (ranks, or groups of them) the next steps have: what it takes to replay one.
+        num_readers = world.size // config.parallel.sequence
+        part = {"step": start + 1, "ranks": num_readers, "plan": asdict(run.order.state(start))}
         append_jsonl(folder / PARTS_FILE, [part])
-    batches = loader.steps(start, stop)
+    batches = agreed(loader.steps(start, stop), run.group) if run.group else loader.steps(start, stop)
     gc.collect()
     gc.disable()  # else each rank collects when it likes, and all wait for it
     with Metrics(folder / "metrics.jsonl" if world.is_main else None, start=start, steps=config.run.steps) as metrics:
@@ -126,8 +132,10 @@ def train_step(run: Run, batches: Iterator[list[Batch]], progress: Progress) -> 
     run.heartbeat.phase("data", step + 1)
     micro_batches = [batch.to(world.device) for batch in next(batches)]
     waited = time.perf_counter() - began
-    own = {name: sum(batch.counts[name] for batch in micro_batches) for name in micro_batches[0].counts}
-    counts = world.sum({**own, "tokens": sum(batch.num_tokens for batch in micro_batches)})
+    # Ranks that hold a micro-batch together all have the whole of it: the first of them counts it.
+    counted = micro_batches if run.group is None or run.group.rank() == 0 else []
+    own = {name: sum(batch.counts[name] for batch in counted) for name in micro_batches[0].counts}
+    counts = world.sum({**own, "tokens": sum(batch.num_tokens for batch in counted)})
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(run.config, step)
     losses = []
@@ -141,7 +149,7 @@ def train_step(run: Run, batches: Iterator[list[Batch]], progress: Progress) -> 
         if number + 1 < len(micro_batches):
             engine.step()
     run.heartbeat.phase("step", step + 1)
-    holes = [asdict(hole) for batch in micro_batches for hole in batch.holes]
+    holes = [asdict(hole) for batch in counted for hole in batch.holes]
     sums = {f"loss/{name}": sum(float(loss[name].sum) for loss in losses) for name in losses[0]}
     sums |= {"holes": float(len(holes)), "waited": waited, "stop": float(run.stop.asked() is not None)}
     totals = world.sum({**sums, **system.after_backward()})
@@ -154,7 +162,7 @@ def train_step(run: Run, batches: Iterator[list[Batch]], progress: Progress) -> 
     norm = float(engine.get_global_grad_norm() or 0.0)
     if not refusal and not math.isfinite(norm):
         refusal = Refusal("the gradient is not finite")
-    problem = _refused(run, refusal, micro_batches, values["loss/total"], step + 1)
+    problem = _refused(run, refusal, counted, values["loss/total"], step + 1)
     if totals["holes"]:
         _write_lines(run, "quarantine.jsonl", step + 1, holes)
 
@@ -200,7 +208,7 @@ def _refused(run: Run, refusal: Refusal | None, batches: list[Batch], loss: floa
     if refusal is None:
         return None
     ids = [name for batch in batches for name in batch.ids]
-    _write_lines(run, "refused.jsonl", step, [{"reason": refusal.reason, "ids": ids}])
+    _write_lines(run, "refused.jsonl", step, [{"reason": refusal.reason, "ids": ids}] if batches else [])
     if run.world.is_main:
         print(f"step {step}: {refusal.reason}; nothing was updated, its samples are in refused.jsonl", flush=True)
     policy = run.config.guard.spike

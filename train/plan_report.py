@@ -8,10 +8,14 @@ from swim.train.system import build_system
 
 
 def plan_report(config: Config, world: int) -> str:
-    """Steps, packs, fill, tokens, shares of the data sets and balance between `world` ranks, of the first epoch.
+    """Steps, packs, fill, tokens, shares of the data sets and balance between `world` ranks, or between the groups of
+    them that hold a micro-batch together, of the first epoch.
 
     Counts the tokens of text that was not counted yet, where training will find them.
     """
+    if world % (sequence := config.parallel.sequence):
+        raise ValueError(f"parallel.sequence: {world} ranks do not divide into groups of {sequence}; give --world-size")
+    groups = world // sequence
     order = Order(config, build_system(config), counted=True)
     plan, data = order.plan(0), config.data
     if not plan.num_packs:
@@ -19,9 +23,9 @@ def plan_report(config: Config, world: int) -> str:
     assert plan.tokens is not None
     size = data.packs_per_step
     steps = np.add.reduceat(plan.tokens, np.arange(0, plan.num_packs, size))
-    micro_batches = order.micro_batches(world)
-    dummies = plan.num_steps * micro_batches * world - plan.num_packs
-    balance = plan.balance(world)
+    micro_batches = order.micro_batches(groups)
+    dummies = plan.num_steps * micro_batches * groups - plan.num_packs
+    balance = plan.balance(groups)
     if data.tokens_per_pack is None:
         fill = f"{_spread(plan.tokens)} tokens"
     else:

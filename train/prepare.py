@@ -24,6 +24,7 @@ _FREE = {
     "run": ("save_every", "keep", "stop_after", "max_hours", "output", "name"),
     "data": ("workers", "deadline_s", "prefetch", "max_bad", "train", "synth", "cache", "cache_gib"),
     "guard": ("hang_s", "start_s", "max_refused"),
+    "parallel": ("sequence",),
 }
 
 
@@ -88,8 +89,9 @@ def build_loader(config: Config, system: System, order: Order, world: World) -> 
     return Loader(
         order,
         system.collator,
-        rank=world.rank,
-        size=world.size,
+        # Ranks that hold a micro-batch together read the same packs.
+        rank=world.rank // config.parallel.sequence,
+        size=world.size // config.parallel.sequence,
         workers=data.workers,
         deadline_s=data.deadline_s,
         prefetch=data.prefetch,

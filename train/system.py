@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from swim.data_tools.shards import Sample
 from swim.train.batch import Batch
@@ -65,8 +66,11 @@ class System(Protocol):
     tokenizer: Any  # saved beside the model
     model_config: Any  # the transformers config
 
-    def build_model(self) -> nn.Module:
-        """The model to be wrapped by the engine (under ZeRO-3 its parameters are partitioned as they are made)."""
+    def build_model(self, group: ProcessGroup | None = None) -> nn.Module:
+        """The model to be wrapped by the engine (under ZeRO-3 its parameters are partitioned as they are made).
+
+        The ranks of `group` are to be given the same batches, and hold each of them together (`sequence.py`).
+        """
         ...
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -74,7 +78,8 @@ class System(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Batch, progress: Progress) -> dict[str, Term]:
-        """Forward pass and unnormalised loss terms of one micro-batch."""
+        """Forward pass and unnormalised loss terms of one micro-batch; this rank's shares of them when a group holds
+        it."""
         ...
 
     def after_backward(self) -> dict[str, float]:

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+from swim.train.config import ConfigError
+
+TIMEOUT_S = 1800.0
 # Rank, size and local rank as torch's launchers, SLURM and OpenMPI name them.
 _RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 _SIZE = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
@@ -38,6 +41,21 @@ class World:
         torch.distributed.all_gather_object(values, value)
         return values
 
+    def subgroup(self, size: int) -> torch.distributed.ProcessGroup | None:
+        """This rank's group of `size` consecutive ranks, to be asked for by all ranks together; None for a size of 1.
+
+        ConfigError when the ranks do not divide into such groups.
+        """
+        if self.size % size:
+            raise ConfigError(
+                f"parallel.sequence: {self.size} ranks do not divide into groups of {size}; start a multiple of {size} "
+                "ranks, or change parallel.sequence"
+            )
+        if size == 1:
+            return None
+        # NCCL's own limit of ten minutes would end a rank whose neighbours still read.
+        return torch.distributed.new_subgroups(size, timeout=timedelta(seconds=TIMEOUT_S))[0]
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
@@ -53,7 +71,7 @@ class World:
         return self.rank == 0
 
 
-def init_world(timeout_s: float = 1800.0) -> World:
+def init_world(timeout_s: float = TIMEOUT_S) -> World:
     """Join the job that the environment describes, alone if it describes none; nccl on GPUs, gloo on CPUs."""
     rank, size, local = (_first(names, default) for names, default in ((_RANK, 0), (_SIZE, 1), (_LOCAL, 0)))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))

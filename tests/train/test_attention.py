@@ -108,20 +108,6 @@ def test_full_scope_is_the_softmax_over_all_tokens_of_the_conversation(shards, o
         torch.testing.assert_close(flat, torch.cat(rows), atol=1e-5, rtol=1e-5)
 
 
-def test_the_ranks_among_which_heads_are_divided_reach_the_kernel(shards, monkeypatch):
-    system, model = build(shards)
-    batch = make_batch(system, shards, [0])
-    seen = []
-
-    def spy(*args, group, **options):
-        seen.append(group)
-        return noun_attention(*args, **options)
-
-    monkeypatch.setattr("swim.train.attention.noun_attention", spy)
-    model(**batch.inputs, use_cache=False, capture=Capture(batch.table, LAYERS, group="ranks"))
-    assert seen == ["ranks"] * len(LAYERS)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("loss", ["kl", "bce"])
 def test_gradients_of_text_and_mask_loss_equal_those_through_eager_attention(shards, checkpointing, loss):

@@ -6,13 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from transformers import GenerationConfig
 
-from swim.train.attention import MODEL_KWARG, Capture
+from swim.train.attention import MODEL_KWARG, Capture, shard_text_model
 from swim.train.batch import Batch, BatchOptions
 from swim.train.config import Config
 from swim.train.encode import ConversationEncoder
 from swim.train.families import family_of
+from swim.train.sequence import check_sequence
 from swim.train.stock import build_stock_model, parameter_groups, tokenizer_and_config
 from swim.train.system import Progress, Request, Term
 from swim.train.systems.swim.config import Config as SwimConfig
@@ -30,6 +32,7 @@ class SwimSystem:
         self.config = config
         self.options = SwimConfig.model_validate({k: v for k, v in config.system.items() if k != "name"})
         self.tokenizer, self.model_config = tokenizer_and_config(config.model)
+        check_sequence(config.parallel.sequence, self.model_config)
         self.layers = resolve_layers(self.options.layers, self.model_config.get_text_config().num_hidden_layers)
         encoder = ConversationEncoder(self.tokenizer, family_of(self.model_config, self.tokenizer))
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
@@ -39,16 +42,23 @@ class SwimSystem:
             shared_prefix=config.data.shared_prefix,
             scope=self.options.softmax_scope,
             row_offset=self.options.row_offset,
+            sequence=config.parallel.sequence,
         )
         self.collator = SwimCollator(encoder, config.data, options, self.options)
         # A noun has one map when it is looked at, however many terms it has in training; and no losses are computed.
         whole = self.options.model_copy(update={"subtokens": "mean", "mask_side": "grid"})
         self._predicting = SwimCollator(encoder, config.data, options, whole)
         self._captures: list[Capture] = []
+        self._group: ProcessGroup | None = None
 
-    def build_model(self) -> nn.Module:
-        """The stock model with capture registered, checkpointing, adapters and frozen parameters set."""
-        return build_stock_model(self.config.model, self.model_config, seed=self.config.run.seed)
+    def build_model(self, group: ProcessGroup | None = None) -> nn.Module:
+        """The stock model with capture registered, checkpointing, adapters and frozen parameters set; `group` holds
+        its micro-batches together."""
+        model: Any = build_stock_model(self.config.model, self.model_config, seed=self.config.run.seed)
+        self._group = group
+        if group is not None:
+            shard_text_model(model)
+        return model
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Trainable parameters, decayed when they are matrices."""
@@ -59,7 +69,12 @@ class SwimSystem:
         assert isinstance(batch, SwimBatch)
         every = self.options.gradient_every
         terms, capture = swim_loss(
-            model, batch, self.options, self.layers, measure=every > 0 and progress.step % every == 0
+            model,
+            batch,
+            self.options,
+            self.layers,
+            measure=every > 0 and progress.step % every == 0,
+            group=self._group,
         )
         if capture.measure:
             self._captures.append(capture)

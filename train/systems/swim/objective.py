@@ -13,9 +13,11 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from swim.kernels.mask_loss import MIN_PROBABILITY, frame_sums, mask_loss
 from swim.train.attention import MODEL_KWARG, Capture
+from swim.train.sequence import own_labels
 from swim.train.system import Term
 from swim.train.systems.swim.config import Config, Fusion
 from swim.train.systems.swim.data import SwimBatch
@@ -82,10 +84,20 @@ def mask_term(
 
 
 def swim_loss(
-    model: nn.Module, batch: SwimBatch, config: Config, layers: tuple[int, ...], *, measure: bool
+    model: nn.Module,
+    batch: SwimBatch,
+    config: Config,
+    layers: tuple[int, ...],
+    *,
+    measure: bool,
+    group: ProcessGroup | None = None,
 ) -> tuple[dict[str, Term], Capture]:
-    """Text and mask terms of one micro-batch; `measure` notes the mask loss's gradient norms in the returned
-    Capture."""
+    """Text and mask terms of one micro-batch; `measure` notes the mask loss's gradient norms in the returned Capture.
+
+    Over the ranks of a `group` that hold the micro-batch together, terms and gradients are to be added up.
+    """
+    if group is not None:
+        batch = own_labels(batch, group)
     supervise = config.mask_weight > 0
     capture = Capture(
         batch.table,
@@ -94,6 +106,7 @@ def swim_loss(
         detach=not supervise,
         measure=measure and supervise,
         backend=config.backend,
+        group=group,
     )
     output = model(**batch.inputs, use_cache=False, logits_to_keep=batch.label_columns, **{MODEL_KWARG: capture})
     logits = output.logits[batch.label_rows, batch.label_slots].float()
@@ -103,4 +116,7 @@ def swim_loss(
     assert batch.targets is not None
     tokens = [len(noun.tokens) for noun in batch.nouns]
     mask = mask_term(capture.maps(), batch.table.map_sizes, tokens, batch.targets, config)
+    if group is not None and group.rank() > 0:
+        # Every rank has the same maps and the whole value, which counts once; its gradient is this rank's share.
+        mask = mask - mask.detach()
     return {"text": Term(text, config.text_weight), "mask": Term(mask, config.mask_weight)}, capture
