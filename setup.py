@@ -64,6 +64,7 @@ setup(
             "peft>=0.15",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "pytest-benchmark>=5",
             "hypothesis>=6.100",
             "ruff>=0.9",
