@@ -1,11 +1,11 @@
 """Opening a data set: its files with an index, the texts of the indices, and reads that are checked against them."""
 
 import hashlib
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+from swim.data_tools.files import written_whole
 from swim.data_tools.index import BadSample, Entry, Lines, ShardError, check_header, index_name, remedy
 from swim.data_tools.loose import LINE, fresh_index, jsonl_files
 from swim.data_tools.storage import MANIFEST, FileCache, LocalFiles, RemoteFiles, locate
@@ -38,7 +38,7 @@ class Opened:
 
 
 def _open_local(folder: Path) -> tuple[LocalFiles | RemoteFiles, list[str], list[bytes]]:
-    paths = [folder] if folder.suffix == ".jsonl" and folder.is_file() else sorted(folder.glob("*.tar"))
+    paths = [folder] if folder.suffix == ".jsonl" and folder.is_file() else sorted(folder.glob("[!.]*.tar"))
     paths = paths or jsonl_files(folder)
     if not paths:
         raise ShardError(f"{folder}: no *.tar found and no *.jsonl; give a folder that 'swim data' wrote, or your own")
@@ -90,9 +90,8 @@ def _remote_index(remote: RemoteFiles, described: str, listed: dict[str, str], c
     check_header(f"{remote.folder}/{described}", text, None)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        hidden = kept.with_name(f".{kept.name}.{os.urandom(4).hex()}")  # other machines have the same process ids
-        hidden.write_bytes(text)
-        os.replace(hidden, kept)
+        with written_whole(kept) as hidden:
+            hidden.write_bytes(text)
     return text
 
 

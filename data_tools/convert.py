@@ -32,6 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
+from swim.data_tools.files import sync
 from swim.data_tools.records import (
     MAX_JSON_BYTES,
     Conversation,
@@ -46,7 +47,7 @@ from swim.data_tools.reencode import reencode
 from swim.data_tools.rows import Row, stream_rows
 from swim.data_tools.sources.forms import NAMED, Part, Source, record_values, skip_line, slug
 from swim.data_tools.video import UnsteadyVideo, VideoError, VideoInfo, verify
-from swim.data_tools.writer import ShardError, ShardWriter, sync
+from swim.data_tools.writer import ShardError, ShardWriter
 
 VERSION = 1  # of what the engine makes of the same input
 MAX_MEDIA_BYTES = 4 << 30

@@ -1,6 +1,5 @@
 """Index facts of a data set as arrays: what a plan needs of a million samples, without a million objects."""
 
-import os
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from swim.data_tools.files import written_whole
 
 if TYPE_CHECKING:
     from swim.data_tools.index import Entry
@@ -61,10 +62,8 @@ def facts_of(entries: "Iterable[Entry]") -> Facts:
 def save_arrays(path: Path, **arrays: np.ndarray) -> None:
     """Write a .npz file, whole or not at all, and its folder; any process that writes it writes the same."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    with hidden.open("wb") as file:
+    with written_whole(path) as hidden, hidden.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    os.replace(hidden, path)
 
 
 def load_arrays(path: Path) -> dict[str, np.ndarray] | None:

@@ -2,7 +2,6 @@
 touching what they describe."""
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,6 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from swim.data_tools.files import written_whole
 from swim.data_tools.records import Masks, Record, RecordError
 
 INDEX_VERSION = 1
@@ -105,21 +105,14 @@ def index_name(name: str) -> str:
 def write_index(path: Path, size: int, lines: Iterable[Any], **header: Any) -> Path:
     """Write the index of the file `path` of `size` bytes, whole or not at all: entries, or other dataclasses."""
     index = path.with_name(index_name(path.name))
-    hidden = index.with_name(f".{index.name}.{os.getpid()}.partial")
-    try:
-        with hidden.open("w") as file:
-            print(_compact({"version": INDEX_VERSION, "shard": path.name, "size": size, **header}), file=file)
-            for line in lines:
-                facts = asdict(line)
-                facts.pop("shard", None)  # in the header
-                if not facts.get("files", True):
-                    del facts["files"]
-                print(_compact(facts), file=file)
-        sync(hidden)
-        os.replace(hidden, index)
-    except BaseException:
-        hidden.unlink(missing_ok=True)
-        raise
+    with written_whole(index, synced=True) as hidden, hidden.open("w") as file:
+        print(_compact({"version": INDEX_VERSION, "shard": path.name, "size": size, **header}), file=file)
+        for line in lines:
+            facts = asdict(line)
+            facts.pop("shard", None)  # in the header
+            if not facts.get("files", True):
+                del facts["files"]
+            print(_compact(facts), file=file)
     return index
 
 
@@ -244,12 +237,3 @@ class Entries(Sequence[Entry]):
             place = self.lines.places[self.lines.shard_of(range(len(self))[which])]
             problem = f"line of {facts.get('key')!r} is damaged ({error!r})"
             raise ShardError(f"{_index_of(place)}: {problem}; {remedy(place)}") from error
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

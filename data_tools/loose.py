@@ -4,21 +4,22 @@ A line is a record of the source `jsonl`, one sample each. Its index is `NAME.in
 by whoever opens the file first; lines that are left out are listed in `NAME.skipped.jsonl`.
 """
 
-import fcntl
 import json
 import os
 import sys
+import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from swim.data_tools.files import locked
 from swim.data_tools.index import Entry, ShardError, check_header, entry_of, index_name, remedy, write_index
 from swim.data_tools.records import KEY_PATTERN, RecordError, parse_sample
 from swim.data_tools.rows import Row, stream_rows
@@ -67,10 +68,10 @@ def fresh_index(path: Path) -> bytes:
     with suppress(OSError, ShardError):
         return _read(path)
     try:
-        with _locked(path):
+        with _locked(path) as alone:
             with suppress(OSError, ShardError):  # another process may have made it meanwhile
                 return _read(path)
-            _make(path)
+            _make(path, alone=alone)
         return _read(path)
     except OSError as error:
         problem = f"{path}: its index {index_name(path.name)} is missing or stale, and cannot be made ({error})"
@@ -83,8 +84,8 @@ def index_jsonl(path: str | Path, *, jobs: int = 4) -> Path:
     ShardError if no line can be used or the file is no JSON Lines.
     """
     path = Path(path)
-    with _locked(path):
-        return _make(path, jobs=jobs)
+    with _locked(path) as alone:
+        return _make(path, alone=alone, jobs=jobs)
 
 
 def _read(path: Path) -> bytes:
@@ -100,23 +101,22 @@ def _read(path: Path) -> bytes:
     return text
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("rb") as file:
-        with suppress(OSError):  # not every file system has locks; two processes then write the same
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _locked(path: Path) -> AbstractContextManager[bool]:
+    return locked(path.with_name(f".{path.name}.lock"))
 
 
-def _make(path: Path, *, jobs: int = 4) -> Path:
+def _make(path: Path, *, alone: bool, jobs: int = 4) -> Path:
     if (tar := path.with_suffix(".tar")).exists():
         raise ShardError(f"{path}: {tar.name} beside it would have the same index; rename one of them")
     before = path.stat()
     print(f"indexing {path}: {before.st_size:,} bytes, and the videos that it names", file=sys.stderr, flush=True)
     checksum = _checksum(path)
     index, skipped = path.with_name(index_name(path.name)), path.with_name(f"{path.stem}.skipped.jsonl")
-    for left in path.parent.glob(f".{index.name}.*.partial"):  # by a process that was killed
-        left.unlink(missing_ok=True)
+    for left in path.parent.glob(f".{index.name}.*.partial"):
+        # By a process that was killed; where locks do not reach, another one may be at a younger one.
+        with suppress(OSError):
+            if alone or time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
     lines: list[dict[str, Any]] = []
     good = 0
 

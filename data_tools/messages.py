@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 _ALIGN = 64  # bytes
+_SMALL = 1 << 16  # bytes
 _MESSAGE = struct.Struct("<cq")  # kind and number; the object comes as a descriptor beside it
 
 
@@ -59,7 +60,15 @@ def _dump(value: Any) -> int:
     """Descriptor of memory that holds a value: its pickle, then the bytes of its tensors and arrays."""
     buffers: list[pickle.PickleBuffer] = []
     file = io.BytesIO()
-    _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
+
+    def apart(buffer: pickle.PickleBuffer) -> bool:
+        # What is small is copied: else one number that is kept would keep all memory of the message.
+        if small := buffer.raw().nbytes < _SMALL:
+            return small
+        buffers.append(buffer)
+        return False
+
+    _Pickler(file, protocol=5, buffer_callback=apart).dump(value)
     parts = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
     sizes = struct.pack(f"<{len(parts) + 1}q", len(parts), *map(len, parts))
     descriptor = os.memfd_create("batch")

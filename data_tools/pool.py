@@ -10,6 +10,7 @@ replaced in milliseconds by a copy that knows nothing of the locks, threads and 
 
 import contextlib
 import ctypes
+import errno
 import functools
 import itertools
 import os
@@ -55,6 +56,7 @@ class Attempt:
     probing: bool = False
     begin: Callable[[int], None] = lambda _: None  # announces an item, or ALL
     suspects: set[int] = field(default_factory=set)
+    twice: bool = False  # one item has failed again: the others get no second try, which would take as long
 
     def why_lost(self, item: int) -> str | None:
         """The reason to leave an item out."""
@@ -67,8 +69,10 @@ class Attempt:
             raise PoolError(f"a batch without its samples cannot be made: {reason}")
         if item == ALL and not self.probing:
             self.probing = True
-        elif certain or item == ALL or item in self.suspects:
+        elif certain or item == ALL or self.twice:
             self.lost[item] = reason
+        elif item in self.suspects:
+            self.twice, self.lost[item] = True, f"{reason}, twice"
         else:
             self.suspects.add(item)
 
@@ -79,7 +83,7 @@ Work = Callable[[Sequence[_Item], Attempt], _Result]
 class Pool(Generic[_Item, _Result]):
     """`workers` processes that do `work` on tasks; with none, this process does, unprotected from crashes and hangs.
 
-    An item that takes longer than `deadline_s`, or the whole longer than that for each item, counts as a hang. Make the
+    An item that takes longer than `deadline_s`, or the whole longer than three times that, counts as a hang. Make the
     pool early, in the main thread: what this process holds then stays in memory as long as the pool.
     """
 
@@ -132,6 +136,7 @@ class Pool(Generic[_Item, _Result]):
         """End all processes."""
         if self._nursery is not None:
             self._nursery.close()
+            self._nursery = None
 
     def __enter__(self) -> Self:
         return self
@@ -168,7 +173,7 @@ class _Worker:
     def limit(self, deadline_s: float) -> float:
         """Time at which it counts as hanging."""
         assert self.job is not None
-        return self.since + deadline_s * (max(1, len(self.job.task)) if self.item == ALL else 1)
+        return self.since + deadline_s * (3 if self.item == ALL else 1)
 
 
 class _Crew:
@@ -258,7 +263,7 @@ class _Crew:
             worker.item, worker.since = number, time.monotonic()
         else:
             assert worker.job is not None
-            result = payload_of(descriptors)
+            (result,) = payload_of(descriptors)
             if isinstance(result, PoolError):
                 raise result
             result = self._finish(result)
@@ -272,7 +277,7 @@ class _Crew:
         selector.unregister(worker.channel)
         worker.channel.close()
         if worker.job is not None:
-            worker.job.attempt.blame(worker.item, f"{reason}, twice", certain=False)
+            worker.job.attempt.blame(worker.item, reason, certain=False)
             self._todo.appendleft(worker.job)
         new = _Worker(self._nursery)
         self._workers[self._workers.index(worker)] = new
@@ -289,7 +294,9 @@ class _Nursery:
 
     def fork(self, channel: socket.socket) -> int:
         """Process number of a new worker at the other end of `channel`."""
-        return self._ask(_FORK, 0, [channel.fileno()])
+        if (number := self._ask(_FORK, 0, [channel.fileno()])) < 0:
+            raise PoolError(f"no loader process can be started: {os.strerror(-number)}; lower data.workers")
+        return number
 
     def kill(self, pid: int) -> None:
         """End a worker, without waiting for one that hangs in its file system."""
@@ -312,6 +319,7 @@ class _Nursery:
 
 
 def _breed(channel: socket.socket, work: Work[Any, Any]) -> None:
+    _let_go_of_devices(channel)
     living: set[int] = set()
     killed: set[int] = set()
     while True:
@@ -321,8 +329,9 @@ def _breed(channel: socket.socket, work: Work[Any, Any]) -> None:
             return
         if kind == _FORK:
             with socket.socket(fileno=descriptors[0]) as theirs:
-                number = _fork(functools.partial(_serve, theirs, work), channel)
-            living.add(number)
+                number = _fork_patiently(functools.partial(_serve, theirs, work), channel)
+            if number > 0:
+                living.add(number)
         elif kind == _KILL:
             if number in living:  # until it is waited for, its number is not given away
                 os.kill(number, signal.SIGKILL)
@@ -333,6 +342,29 @@ def _breed(channel: socket.socket, work: Work[Any, Any]) -> None:
             number = os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
         killed -= {pid for pid in killed if os.waitpid(pid, os.WNOHANG)[0]}
         send(channel, kind, number)
+
+
+def _fork_patiently(main: Callable[[], None], not_theirs: socket.socket) -> int:
+    """As `_fork`, with some patience for a machine that is full; then the number of the error, negative."""
+    for wait in (0.5, 2.0, 8.0, None):
+        try:
+            return _fork(main, not_theirs)
+        except OSError as error:
+            if wait is None:
+                return -(error.errno or errno.EAGAIN)
+            time.sleep(wait)
+    raise AssertionError
+
+
+def _let_go_of_devices(kept: socket.socket) -> None:
+    """Put nothing in place of the trainer's connections and devices: a worker that cannot be killed, since it waits for
+    a file system, must not keep a port or a GPU's memory."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            target = os.readlink(f"/proc/self/fd/{number}")
+            if target.startswith(("socket:", "/dev/nvidia")) and number != kept.fileno():
+                os.dup2(nothing, number, inheritable=False)  # the number stays taken: its owner may close it
 
 
 def _fork(main: Callable[[], None], not_theirs: socket.socket) -> int:
@@ -372,7 +404,7 @@ def _serve(channel: socket.socket, work: Work[Any, Any]) -> None:
             result = _attempt(work, task, attempt)
         except PoolError as error:
             result = error
-        send(channel, _RESULT, payload=result)
+        send(channel, _RESULT, payload=(result,))
         del result
 
 

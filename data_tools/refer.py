@@ -35,9 +35,10 @@ from swim.data_tools.expressions import (
     Subject,
     Writer,
 )
+from swim.data_tools.files import sync
 from swim.data_tools.nouns import content_words
 from swim.data_tools.records import Conversation, Mention, Record, RecordError, Turn
-from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, ShardWriter, sync
+from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, ShardWriter
 
 VERSION = 1  # of what is made of the same input
 REPORT_FILE, SUMMARY_FILE, ABOUT_FILE = "report.jsonl", "summary.json", "refer.json"

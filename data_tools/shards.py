@@ -19,7 +19,6 @@ from swim.data_tools.index import (
     Entries,
     Entry,
     ShardError,
-    sync,
 )
 from swim.data_tools.layers import Joined, Layer, join
 from swim.data_tools.loose import LINE, line_values
@@ -36,7 +35,6 @@ __all__ = [
     "ShardSet",
     "ShardWriter",
     "index_shard",
-    "sync",
 ]
 
 

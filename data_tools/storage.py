@@ -1,15 +1,16 @@
 """Bytes of a data set's files: local ones by `pread`, remote ones through fsspec, whole into a bounded cache on a local
 disk, or in ranges without one. Every error is an OSError that says what could not be read and why."""
 
-import fcntl
+import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import stat
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -17,6 +18,7 @@ from urllib.parse import quote
 import fsspec
 from fsspec.callbacks import Callback
 
+from swim.data_tools.files import locked
 from swim.data_tools.index import ShardError
 
 MAX_OPEN_FILES = 128
@@ -61,24 +63,39 @@ class _File:
         os.close(self.descriptor)
 
 
+# Of all data sets of the process, since what a process may open is counted over all of them.
+_open_files: dict[tuple[int, str], _File] = {}
+_numbers = itertools.count()
+
+
 class LocalFiles:
     """Files of a local folder; `pread` has no file position, so processes and threads may share."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._open: dict[str, _File] = {}
+        self._number = next(_numbers)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_open": {}}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalFiles, (self.folder,)
 
     def read(self, name: str, offset: int, size: int) -> bytes:
         """`size` bytes from `offset` of a file; fewer where it ends before."""
-        file = self._open.get(name)
-        if file is None:
-            while len(self._open) >= MAX_OPEN_FILES:
-                self._open.pop(next(iter(self._open)), None)
-            file = self._open[name] = _File(os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC))
-        return os.pread(file.descriptor, size, offset)
+        try:
+            return os.pread(self._file(name).descriptor, size, offset)
+        except OSError as error:
+            # Its server was restarted, or somebody else has opened all that the process may: once more.
+            _open_files.pop((self._number, name), None)
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                _open_files.clear()
+            return os.pread(self._file(name).descriptor, size, offset)
+
+    def _file(self, name: str) -> _File:
+        if (file := _open_files.get((self._number, name))) is None:
+            while len(_open_files) >= MAX_OPEN_FILES:
+                _open_files.pop(next(iter(_open_files)), None)
+            file = _File(os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC))
+            _open_files[self._number, name] = file
+        return file
 
     def read_media(self, name: str, size: int | None) -> bytes:
         """All bytes of a file that data names, or more than `size` where that is known; OSError unless it is a regular
@@ -141,7 +158,12 @@ class RemoteFiles:
         """All bytes of a file that data names, of `size` bytes where that is known; OSError if it leads elsewhere."""
         if name.startswith("/") or _SCHEME.match(name) or ".." in name.split("/"):
             raise OSError(f"{name!r} is not a file inside {self.folder}; put it there")
-        return self.read_whole(name) if size is None else self._read(name, 0, size, size)
+        if size is None:
+            size = self._repeat(name, lambda fs, path: int(fs.size(path) or 0))
+            if size > MAX_MEDIA_BYTES:
+                raise OSError(f"{self._url(name)} has {size} bytes, the limit is {MAX_MEDIA_BYTES}; cut it")
+            return self.read_whole(name)
+        return self._read(name, 0, size, size)
 
     def read_whole(self, name: str) -> bytes:
         """All bytes of a small file, past the cache."""
@@ -327,23 +349,13 @@ class FileCache:
                 return True
             with self._locked(found["download"], wait=False):
                 return False
+        except BlockingIOError:
+            return True
         except FileNotFoundError:
             return False
-        except OSError:
-            return True
 
-    @contextmanager
-    def _locked(self, name: str, *, wait: bool = True) -> Iterator[None]:
-        """Hold the lock of a name; a process that dies lets go of it. OSError if somebody has it and we do not wait."""
-        lock = os.open(self.folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            if not wait:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(OSError):  # not every file system has locks; two processes then fetch the same
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(lock)
+    def _locked(self, name: str, *, wait: bool = True) -> AbstractContextManager[bool]:
+        return locked(self.folder / f"{name}.lock", wait=wait)
 
 
 def _name(url: str) -> str:

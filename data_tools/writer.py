@@ -6,11 +6,13 @@ import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from swim.data_tools.index import Entry, Place, ShardError, entry_of, sync, write_index
+from swim.data_tools.files import sync
+from swim.data_tools.index import Entry, Place, ShardError, entry_of, write_index
 from swim.data_tools.records import Masks, Record, RecordError, masks_json, parse_sample
 
 
@@ -67,8 +69,9 @@ class TarWriter:
         if self._tar is not None and error is None:
             self._finish()
         elif self._tar is not None:
-            self._tar.close()
-            self._hidden.unlink()
+            with suppress(OSError):  # a full disk
+                self._tar.close()
+            self._hidden.unlink(missing_ok=True)
 
     @property
     def _path(self) -> Path:

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import traceback
 
 DEFAULT_RECIPE = "tiny_cpu"
 USAGE = "usage: deepspeed launch/train.sh [--config RECIPE] [section.key=value ...]"
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(config.launch.ranks or _num_gpus(), _free_port())
             return
         from swim.data_tools.mixture import PlanError
+        from swim.data_tools.pool import PoolError
         from swim.data_tools.shards import ShardError
         from swim.train.checkpoint import CheckpointError
         from swim.train.loop import TrainingError, train
@@ -65,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         if os.environ.get("RANK", "0") == "0":
             print(end, flush=True)
         raise SystemExit(EXIT_CODE) from None
-    except (ConfigError, ShardError, PlanError, CheckpointError, TrainingError) as error:
+    except (ConfigError, ShardError, PlanError, PoolError, CheckpointError, TrainingError, OSError) as error:
         raise SystemExit(_explain(error)) from None
 
 
@@ -104,4 +106,7 @@ if __name__ == "__main__":
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         _leave(end.code if isinstance(end.code, int) else 2 if end.code else 0)
+    except BaseException:
+        traceback.print_exc()
+        _leave(1)
     _leave(0)

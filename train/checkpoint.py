@@ -23,8 +23,8 @@ import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 
+from swim.data_tools.files import sync
 from swim.data_tools.plan import PlanState
-from swim.data_tools.shards import sync
 from swim.train.partitions import CheckpointError as CheckpointError
 from swim.train.partitions import Partitions, load_partitions
 from swim.train.state_files import StateFiles, written_by

@@ -204,7 +204,7 @@ class DataConfig(Section):
     the `decode` extra."""
     workers: int = Field(1, ge=0)
     """Loader processes per rank; 0 reads in the training process, which a crashing decoder then ends."""
-    deadline_s: float = Field(120.0, gt=0)
+    deadline_s: float = Field(60.0, gt=0)
     """Seconds for one sample; whatever takes longer twice is left out, as is what crashes a worker twice."""
     prefetch: int = Field(2, gt=0)
     """Steps that the workers make ahead."""
@@ -334,6 +334,16 @@ class Config(Section):
     """A file of ds_configs/ by name, or a path to a DeepSpeed JSON file."""
     system: dict[str, Any]
     """`name` of a folder under train/systems and that system's own fields."""
+
+    @model_validator(mode="after")
+    def _patient(self) -> "Config":
+        # A pack with several samples that hang takes several deadlines.
+        if self.guard.hang_s < 5 * self.data.deadline_s:
+            raise ValueError(
+                f"guard.hang_s {self.guard.hang_s:g} is less than 5 times data.deadline_s {self.data.deadline_s:g}: a "
+                "few bad samples would end the run; raise the one or lower the other"
+            )
+        return self
 
     @field_validator("system")
     @classmethod

@@ -12,14 +12,18 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-FOLDER = "ranks"
+from swim.train.stop import Stopped
+
+FOLDER, FAILED = "ranks", "failed.json"
 EVERY_S = 5.0
 HUNG_CODE = 86
-_PATIENT = ("start", "save")  # phases that may take as long as a first step
+_PATIENT = ("start", "save", "load")  # phases that may take as long as a first step
 
 
 @dataclass(frozen=True)
@@ -46,43 +50,63 @@ class Heartbeat:
     """Context in which `phase(name, step)` is noted for rank `rank` of `size`; `limit_s` is the longest phase from the
     second step on, `start_limit_s` the longest before it and for saving."""
 
-    def __init__(self, folder: Path, rank: int, size: int, *, limit_s: float, start_limit_s: float) -> None:
-        self._folder, self._rank, self._size = folder / FOLDER, rank, size
+    def __init__(self, run: Path, rank: int, size: int, *, limit_s: float, start_limit_s: float) -> None:
+        self._run, self._folder, self._rank, self._size = run, run / FOLDER, rank, size
         self._limit_s, self._start_limit_s = limit_s, start_limit_s
-        self._now = ("start", 0, time.time())
+        self._every_s = min(EVERY_S, limit_s / 4)
+        self._now = ("start", 0, time.time(), time.monotonic())
         self._first_step: int | None = None
         self._end = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        # Two threads: the one that writes may hang with the file system, and the other must see it.
+        self._threads = [
+            threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True)
+            for work in (self._write_on, self._watch)
+        ]
 
     def phase(self, name: str, step: int) -> None:
         """Note what begins now."""
-        self._now = (name, step, time.time())
+        self._now = (name, step, time.time(), time.monotonic())
         if self._first_step is None and name != "start":
             self._first_step = step
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._write()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        name = "end" if kind is None else f"end by {kind.__name__}"
+        self.phase(name, self._now[1])
         self._end.set()
-        self._thread.join()
-        self.phase("end" if kind is None else f"end by {kind.__name__}", self._now[1])
+        if kind is not None and not issubclass(kind, Stopped):
+            # A launcher that ends the other ranks waits long for those that are in a collective.
+            with suppress(OSError):
+                (self._folder / FAILED).write_text(json.dumps({"rank": self._rank, "error": kind.__name__}))
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+    def _write_on(self) -> None:
+        while not self._end.wait(self._every_s):
+            self._write()
         self._write()
 
-    def _beat(self) -> None:
-        while not self._end.wait(min(EVERY_S, self._limit_s / 4)):
-            self._write()
-            phase, step, since = self._now
+    def _watch(self) -> None:
+        while not self._end.wait(self._every_s):
+            phase, step, _, since = self._now
             patient = phase in _PATIENT or self._first_step in (None, step)
             limit = self._start_limit_s if patient else self._limit_s
-            if time.time() - since > limit:
-                self._give_up(phase, limit)
+            if time.monotonic() - since > limit:
+                self._give_up(phase, f"{limit:g} s (guard.{'start_s' if patient else 'hang_s'})")
+            with suppress(OSError):
+                failed = (self._folder / FAILED).read_text()
+                if not self._end.wait(self._every_s):  # else this rank has noticed by itself
+                    print(f"rank {self._rank}: leaves, since another one has failed: {failed}", flush=True)
+                    os._exit(1)
 
     def _write(self) -> None:
-        phase, step, since = self._now
+        phase, step, since, _ = self._now
         beat = Beat(self._rank, socket.gethostname(), os.getpid(), step, phase, since, time.time())
         # Written in place: a reader may see a torn line, and looks again later. A full disk must not end the run.
         try:
@@ -90,23 +114,23 @@ class Heartbeat:
         except OSError as error:
             print(f"rank {self._rank}: heartbeat not written ({error})", flush=True)
 
-    def _give_up(self, phase: str, limit: float) -> None:
+    def _give_up(self, phase: str, limit: str) -> None:
+        # Whatever the file system does to the rest.
+        last = threading.Timer(4 * self._every_s + 1, os._exit, [HUNG_CODE])
+        last.daemon = True
+        last.start()
         path = self._folder / f"stacks_{self._rank:05d}.txt"
-        with path.open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        print(f"rank {self._rank}: {phase!r} takes longer than {limit:g} s (guard.hang_s): {path}", flush=True)
-        time.sleep(min(EVERY_S, self._limit_s / 4))  # until the others have written that they wait as well
-        if self._rank == min(self._waiting(), default=self._rank):
-            for line in diagnose(self._folder.parent, self._size, silent_s=self._silent_s()):
-                print(line, flush=True)
+        print(f"rank {self._rank}: {phase!r} takes longer than {limit}: {path}", flush=True)
+        with suppress(OSError):
+            with path.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            before = read_beats(self._run)
+            time.sleep(2 * self._every_s)
+            # The first of those that still write speaks for all.
+            if self._rank == min(alive(before, read_beats(self._run)), default=self._rank):
+                for line in diagnose(self._run, self._size, before=before):
+                    print(line, flush=True)
         os._exit(HUNG_CODE)
-
-    def _silent_s(self) -> float:
-        return 3 * min(EVERY_S, self._limit_s / 4)
-
-    def _waiting(self) -> list[int]:
-        now = time.time()
-        return [beat.rank for beat in read_beats(self._folder.parent) if now - beat.written < self._silent_s()]
 
 
 def read_beats(run: Path) -> list[Beat]:
@@ -120,22 +144,35 @@ def read_beats(run: Path) -> list[Beat]:
     return beats
 
 
-def diagnose(
-    run: Path, size: int | None = None, *, silent_s: float = 3 * EVERY_S, now: float | None = None
-) -> list[str]:
-    """Lines that name the silent ranks of a run, or else the ones furthest behind; [] if there is nothing to say.
+def alive(before: Sequence[Beat], after: Sequence[Beat]) -> list[int]:
+    """Ranks that have written between two readings; no clock is compared with that of another machine."""
+    then = {beat.rank: beat.written for beat in before}
+    return [beat.rank for beat in after if beat.written != then.get(beat.rank)]
 
-    `now` is the time to judge from; on a file system whose clock is another, the newest beat is a good one.
+
+def diagnose(
+    run: Path,
+    size: int | None = None,
+    *,
+    before: Sequence[Beat] | None = None,
+    silent_s: float = 3 * EVERY_S,
+    now: float | None = None,
+) -> list[str]:
+    """Lines that name the silent ranks of a run of `size`, or else the one furthest behind; [] if there is nothing to
+    say.
+
+    Silent are those that have not written since the reading `before`, without one those not heard of for `silent_s`
+    before the time `now`.
     """
-    beats = read_beats(run)
+    beats = [beat for beat in read_beats(run) if size is None or beat.rank < size]
     if not beats:
         return [f"{run / FOLDER}: no rank has written anything"]
     now = time.time() if now is None else now
-    lines = []
     missing = sorted(set(range(size or 0)) - {beat.rank for beat in beats})
-    lines += [f"rank {rank}: has never written anything" for rank in missing]
+    lines = [f"rank {rank}: has never written anything" for rank in missing]
     running = [beat for beat in beats if not beat.phase.startswith("end")]
-    lines += [f"silent: {beat.described(now)}" for beat in running if now - beat.written > silent_s]
+    heard = alive(before, beats) if before is not None else [b.rank for b in beats if now - b.written <= silent_s]
+    lines += [f"silent: {beat.described(now)}" for beat in running if beat.rank not in heard]
     if not lines and running:
         # Those that wait in a collective entered their phase last; the one they wait for is at an earlier place.
         behind = min(running, key=lambda beat: (beat.step, beat.since))

@@ -28,7 +28,7 @@ from swim.train.engine import build_engine, nothing_applied
 from swim.train.guard import Guard, Refusal
 from swim.train.heartbeat import Heartbeat
 from swim.train.loader import Loader, Order
-from swim.train.metrics import PARTS_FILE, Metrics, append_jsonl, drop_after, peak_memory_mib, write_whole
+from swim.train.metrics import PARTS_FILE, Metrics, append_jsonl, drop_after, peak_memory_mib, read_jsonl, write_whole
 from swim.train.prepare import build_loader, build_order, prepare_run
 from swim.train.sequence import agreed
 from swim.train.stop import Stopped, StopSwitch
@@ -65,9 +65,10 @@ def train(config: Config) -> Path:
 
     Stopped if it was asked to end before, TrainingError if it cannot go on.
     """
-    world = init_world()
-    group = world.subgroup(config.parallel.sequence)
     folder, limits = config.run.folder, config.guard
+    # Behind the limits of the heartbeat, which says more.
+    world = init_world(max(limits.start_s, limits.hang_s) + 300)
+    group = world.subgroup(config.parallel.sequence)
     prepare_run(config, world)
     if any(world.gather(world.is_main and (folder / "done.json").exists())):
         if world.is_main:
@@ -93,11 +94,10 @@ def _train(run: Run, loader: Loader) -> None:
     config, world, folder = run.config, run.world, run.config.run.folder
     start = _resume(run)
     stop = min(config.run.stop_after or config.run.steps, config.run.steps)
-    if world.is_main:
-        # Which order and how many readers (ranks, or groups of them) the next steps have: what it takes to replay one.
-        num_readers = world.size // config.parallel.sequence
-        part = {"step": start + 1, "ranks": num_readers, "plan": asdict(run.order.state(start))}
-        append_jsonl(folder / PARTS_FILE, [part])
+    # Which order and how many readers (ranks, or groups of them) the next steps have: what it takes to replay one.
+    num_readers = world.size // config.parallel.sequence
+    part = {"step": start + 1, "ranks": num_readers, "plan": asdict(run.order.state(start))}
+    world.on_main(lambda: append_jsonl(folder / PARTS_FILE, [part]))
     batches = agreed(loader.steps(start, stop), run.group) if run.group else loader.steps(start, stop)
     gc.collect()
     gc.disable()  # else each rank collects when it likes, and all wait for it
@@ -109,11 +109,13 @@ def _train(run: Run, loader: Loader) -> None:
             problem = problem or (_too_many_bad(run, step + 1) if values["holes"] else None)
             due = config.run.save_every and (step + 1) % config.run.save_every == 0
             if step + 1 == stop or due or problem or asked:
-                _save(run, step + 1, last=bool(step + 1 == stop or problem or asked))
+                last = bool(step + 1 == stop or problem or asked)
+                _save(run, step + 1, last=last)
+                if last:
+                    run.stop.clear()
             if problem:
                 raise TrainingError(problem)
             if asked:
-                run.stop.clear()
                 world.barrier()  # the first rank that leaves makes the launcher end the others
                 raise Stopped(f"stopped behind step {step + 1} of {config.run.steps}, saved; start it again to go on")
             if (step + 1) % _COLLECT_EVERY == 0:
@@ -212,7 +214,7 @@ def _refused(run: Run, refusal: Refusal | None, batches: list[Batch], loss: floa
     if run.world.is_main:
         print(f"step {step}: {refusal.reason}; nothing was updated, its samples are in refused.jsonl", flush=True)
     policy = run.config.guard.spike
-    if refusal.spike and policy == "rewind":
+    if refusal.spike and policy == "rewind" and run.guard.refused < run.config.guard.max_refused:
         return _rewind(run, step)
     if (refusal.spike and policy == "stop") or run.guard.refused >= run.config.guard.max_refused:
         return (
@@ -229,6 +231,7 @@ def _rewind(run: Run, step: int) -> str | None:
     path = _latest(run)
     if path is None:
         return f"step {step}: guard.spike is rewind, but no checkpoint was saved yet; set run.save_every"
+    run.heartbeat.phase("load", step)
     load_checkpoint(run.engine, path, run.world)
     if run.world.is_main:
         print(f"step {step}: back to the weights of {path}; the steps since are passed over", flush=True)
@@ -262,7 +265,7 @@ def _save(run: Run, step: int, *, last: bool) -> None:
 
 def _latest(run: Run) -> Path | None:
     folder = run.config.run.folder / "checkpoints"
-    return run.world.gather(latest_checkpoint(folder) if run.world.is_main else None)[0]
+    return run.world.on_main(lambda: latest_checkpoint(folder))
 
 
 def _resume(run: Run) -> int:
@@ -270,43 +273,49 @@ def _resume(run: Run) -> int:
     if path is not None:
         state, losses = load_checkpoint(run.engine, path, run.world)
         step, run.guard = run.order.resume(state), Guard(run.config.guard, losses)
-    if run.world.is_main:
+
+    def shorten() -> None:
         for name in ("metrics.jsonl", "quarantine.jsonl", "refused.jsonl", PARTS_FILE):
             drop_after(folder / name, step)
         if path is not None:
             print(f"resuming from {path} at step {step}", flush=True)
-    run.world.barrier()
+
+    run.world.on_main(shorten)
     return step
 
 
 def _too_many_bad(run: Run, step: int) -> str | None:
     """What to say, on every rank, once more conversations are in the quarantine than may be."""
     path, most = run.config.run.folder / "quarantine.jsonl", run.config.data.max_bad
-    problem = None
-    if run.world.is_main:
-        lines = map(json.loads, path.read_text().splitlines())
-        reasons = {line["id"]: line["reason"] for line in lines}
-        if len(reasons) > most:
-            often = Counter(re.sub(r"\d+", "N", reason) for reason in reasons.values()).most_common(3)
-            problem = (
-                f"step {step}: {len(reasons)} conversations could not be read so far, data.max_bad is {most}; see "
-                f"{path}, repair the shards or raise the limit, then resume. Most often: "
-                + "; ".join(f"{count} x {reason[:200]!r}" for reason, count in often)
-            )
-    return run.world.gather(problem)[0]
+
+    def problem() -> str | None:
+        reasons = {line["id"]: line["reason"] for line in read_jsonl(path)}
+        if len(reasons) <= most:
+            return None
+        often = Counter(re.sub(r"\d+", "N", reason) for reason in reasons.values()).most_common(3)
+        return (
+            f"step {step}: {len(reasons)} conversations could not be read so far, data.max_bad is {most}; see "
+            f"{path}, repair the shards or raise the limit, then resume. Most often: "
+            + "; ".join(f"{count} x {reason[:200]!r}" for reason, count in often)
+        )
+
+    return run.world.on_main(problem)
 
 
 def _write_lines(run: Run, name: str, step: int, own: list[dict[str, Any]]) -> None:
     lines = [{"step": step, **line} for of_rank in run.world.gather(own) for line in of_rank]
     if run.world.is_main:
-        append_jsonl(run.config.run.folder / name, lines)
+        try:
+            append_jsonl(run.config.run.folder / name, lines)
+        except OSError as error:  # a full disk, which the next checkpoint may outlive
+            print(f"step {step}: {len(lines)} lines are missing in {name}: {error}", flush=True)
 
 
 def _finish(folder: Path, world: World) -> None:
     peaks = world.gather(peak_memory_mib(world.device))
     if world.is_main:
         # From the metrics, so that a run in several parts counts all of them.
-        seconds = sum(json.loads(line)["step_s"] for line in (folder / "metrics.jsonl").read_text().splitlines())
+        seconds = sum(line["step_s"] for line in read_jsonl(folder / "metrics.jsonl"))
         summary = {"seconds": round(seconds, 1), "peak_memory_mib": round(max(peaks)), "ranks": world.size}
         # Success is this file, not an exit code: a launcher that is killed exits 0.
         write_whole(folder / "done.json", json.dumps(summary))

@@ -2,16 +2,18 @@
 
 import json
 import math
-import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from swim.data_tools.files import written_whole
 
 PARTS_FILE = "parts.jsonl"  # a line for every start of a run
 PLAIN_EVERY_S = 10.0
@@ -41,7 +43,12 @@ class Metrics:
         """Note step `step` (from 1)."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **{name: _short(value) for name, value in values.items()}}) + "\n")
+        try:
+            self._file.write(
+                json.dumps({"step": step} | {name: _short(value) for name, value in values.items()}) + "\n"
+            )
+        except OSError as error:  # a full disk, which the next checkpoint may outlive
+            self._console.print(f"step {step} is missing in metrics.jsonl: {error}", markup=False)
         shown = [name for name in values if name.startswith("loss/")]
         shown += ["lr", "tokens_per_s", "data_wait", "peak_memory_mib"]
         text = "  ".join(f"{name} {values[name]:.4g}" for name in shown)
@@ -78,14 +85,22 @@ def append_jsonl(path: Path, lines: list[dict[str, Any]]) -> None:
     """Append lines to a JSONL file; does not create it for nothing."""
     if lines:
         with path.open("a") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there completely or not at all."""
-    hidden = path.with_name(f".{path.name}.incoming")
-    hidden.write_text(text)
-    os.replace(hidden, path)
+    with written_whole(path, synced=True) as hidden:
+        hidden.write_text(text)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Lines of a JSONL file, without those cut off while they were written; none if it is missing."""
+    lines = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def drop_after(path: Path, step: int) -> None:
@@ -93,14 +108,7 @@ def drop_after(path: Path, step: int) -> None:
     once."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue  # cut off while it was written
-    write_whole(path, "".join(kept))
+    write_whole(path, "".join(json.dumps(line) + "\n" for line in read_jsonl(path) if line["step"] <= step))
 
 
 def _short(value: float) -> float | None:

@@ -3,16 +3,18 @@
 import fcntl
 import json
 import os
+import resource
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from swim.data_tools.mixture import PlanError
-from swim.data_tools.shards import ShardError
+from swim.data_tools.files import locked
 from swim.data_tools.synth import synthesise
-from swim.train.config import Config, ConfigError
+from swim.train import heartbeat
+from swim.train.config import Config, ConfigError, SynthConfig, parse_config
 from swim.train.loader import Loader, Order
 from swim.train.metrics import write_whole
 from swim.train.system import System
@@ -33,18 +35,21 @@ def prepare_run(config: Config, world: World) -> None:
 
     ConfigError if another run is in the folder, or one of another configuration was.
     """
-    problem = None
-    if world.is_main:
+
+    def prepare() -> None:
         try:
-            _render(config)
             config.run.folder.mkdir(parents=True, exist_ok=True)
             lock_folder(config.run.folder)
             _claim(config)
-        except (ConfigError, ValueError, OSError) as error:
-            problem = str(error)
-    # Told to all ranks: they would wait for a main rank that has left.
-    if problem := world.gather(problem)[0]:
-        raise ConfigError(problem)
+            (config.run.folder / heartbeat.FOLDER / heartbeat.FAILED).unlink(missing_ok=True)
+            _render(config)
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error)) from error
+
+    world.on_main(prepare)
+    # Shards stay open, and every batch on its way is one more file.
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def lock_folder(folder: Path) -> None:
@@ -68,14 +73,14 @@ def lock_folder(folder: Path) -> None:
 
 def build_order(config: Config, system: System, world: World) -> Order:
     """The order of the run. The main rank is first: it counts tokens and writes plans, the others read them."""
-    order, problem, cache = None, None, config.run.folder / "plans"
-    if world.is_main:
-        try:
-            order = Order(config, system, cache=cache)
-        except (ConfigError, ShardError, PlanError) as error:
-            problem = error
-    if problem := world.gather(problem)[0]:
-        raise problem
+    cache = config.run.folder / "plans"
+    order: Order | None = None
+
+    def first() -> None:
+        nonlocal order
+        order = Order(config, system, cache=cache)
+
+    world.on_main(first)
     order = order or Order(config, system, cache=cache, writes=False)
     if len(set(world.gather(order.plan(0).digest))) > 1:
         folders = [part.path for part in config.data.train]
@@ -105,6 +110,12 @@ def _render(config: Config) -> None:
         return
     if "://" in config.data.train[0].path or folder.suffix == ".jsonl":
         raise ConfigError(f"data.synth cannot render into {config.data.train[0].path}; set data.synth=null")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder.parent / f".{folder.name}.lock"):  # another run may be at it
+        _render_once(synth, folder)
+
+
+def _render_once(synth: SynthConfig, folder: Path) -> None:
     recipe, wanted = folder / "synth.json", json.dumps(synth.model_dump())
     if any(folder.glob("*.tar")):
         found = recipe.read_text() if recipe.exists() else "other data"
@@ -120,18 +131,28 @@ def _render(config: Config) -> None:
 
 def _claim(config: Config) -> None:
     folder = config.run.folder
-    resolved = config.model_dump(mode="json")
     saved = folder / "config.yaml"
-    if saved.exists() and _identity(yaml.safe_load(saved.read_text())) != _identity(resolved):
-        raise ConfigError(
-            f"{folder} holds a run with another configuration; give run.name another value or remove the folder"
-        )
-    write_whole(saved, yaml.safe_dump(resolved, sort_keys=False))
+    if saved.exists():
+        try:
+            before = parse_config(yaml.safe_load(saved.read_text()), source=str(saved))
+        except (yaml.YAMLError, UnicodeError) as error:
+            raise ConfigError(f"{saved}: cannot be read as YAML ({error}); remove the folder") from None
+        then, now = (dict(_identity(one.model_dump(mode="json"))) for one in (before, config))
+        names = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+        if changed := [f"{name} was {then.get(name)!r}, is {now.get(name)!r}" for name in names]:
+            raise ConfigError(
+                f"{folder} holds a run with another configuration ({'; '.join(changed[:3])}); restore that to resume, "
+                "give run.name another value, or remove the folder"
+            )
+    write_whole(saved, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
-def _identity(config: dict[str, Any]) -> dict[str, Any]:
-    fixed = {
-        section: {key: value for key, value in config.get(section, {}).items() if key not in free}
-        for section, free in _FREE.items()
-    }
-    return {**config, **fixed, "launch": None}
+def _identity(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of the fields that all parts of a run have in common."""
+    for key, value in config.items():
+        if key in _FREE.get(prefix.rstrip("."), ()) or (not prefix and key == "launch"):
+            continue
+        if isinstance(value, dict):
+            yield from _identity(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

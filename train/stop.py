@@ -8,6 +8,7 @@ saved, and ends with exit code 75 (EX_TEMPFAIL): start it again and it goes on.
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -38,14 +39,16 @@ class StopSwitch:
             return "the launcher has ended"
         if self._end is not None and time.monotonic() > self._end:
             return "run.max_hours are over"
-        if self._file is not None and self._file.exists():
-            return f"the file {self._file}"
+        with suppress(OSError):  # a file system that is away for a moment
+            if self._file is not None and self._file.exists():
+                return f"the file {self._file}"
         return None
 
     def clear(self) -> None:
         """Remove the stop file, which has done its duty once the run is saved."""
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            with suppress(OSError):
+                self._file.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         self._before = {number: signal.signal(number, self._hear) for number in (signal.SIGUSR1, signal.SIGTERM)}

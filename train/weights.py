@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
-from swim.data_tools.shards import sync
+from swim.data_tools.files import sync
 from swim.train.lora import adapter_config, has_lora, lora_scales, merged, plain_name, save_adapter, sides
 from swim.train.partitions import CheckpointError
 from swim.train.world import World

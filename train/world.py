@@ -2,20 +2,21 @@
 
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from swim.train.config import ConfigError
 
-TIMEOUT_S = 1800.0
 # Rank, size and local rank as torch's launchers, SLURM and OpenMPI name them.
 _RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 _SIZE = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    timeout_s: float = 1800.0  # of collectives
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums over ranks, by name; all ranks pass the same names. float64, so counts stay exact."""
@@ -32,6 +34,19 @@ class World:
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
         return dict(zip(sorted(values), tensor.tolist()))
+
+    def on_main(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns on the main rank, on every rank; its error is raised on all, which else would wait."""
+        result, problem = None, None
+        if self.is_main:
+            try:
+                result = work()
+            except Exception as error:  # of any kind: the others must hear of it
+                problem = error
+        result, problem = self.gather((result, problem))[0]
+        if problem is not None:
+            raise problem
+        return result
 
     def gather(self, value: Any) -> list[Any]:
         """The object of every rank, on every rank."""
@@ -54,7 +69,7 @@ class World:
         if size == 1:
             return None
         # NCCL's own limit of ten minutes would end a rank whose neighbours still read.
-        return torch.distributed.new_subgroups(size, timeout=timedelta(seconds=TIMEOUT_S))[0]
+        return torch.distributed.new_subgroups(size, timeout=timedelta(seconds=self.timeout_s))[0]
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -71,7 +86,7 @@ class World:
         return self.rank == 0
 
 
-def init_world(timeout_s: float = TIMEOUT_S) -> World:
+def init_world(timeout_s: float = World.timeout_s) -> World:
     """Join the job that the environment describes, alone if it describes none; nccl on GPUs, gloo on CPUs."""
     rank, size, local = (_first(names, default) for names, default in ((_RANK, 0), (_SIZE, 1), (_LOCAL, 0)))
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))
@@ -91,7 +106,7 @@ def init_world(timeout_s: float = TIMEOUT_S) -> World:
         # without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False, auto_mpi_discovery=False)
-    return World(rank, size, device)
+    return World(rank, size, device, timeout_s)
 
 
 def _first(names: tuple[str, ...], default: int) -> int:

@@ -83,6 +83,15 @@ def test_every_fault_costs_its_item_and_no_other(workers):
     assert not any(lost for _, lost in [*results[:3], results[-1]])
 
 
+def test_after_one_sample_that_hangs_the_others_of_its_pack_get_no_second_try():
+    began = time.monotonic()
+    with Pool(doubled, workers=1, deadline_s=0.5) as pool:
+        ((made, lost),) = pool.map([(1, hang, hang, hang, hang, hang, 2)], ahead=1)
+    assert (made, list(lost)) == ([2, 4], [1, 2, 3, 4, 5])
+    assert [reason.endswith(", twice") for reason in lost.values()] == [True, False, False, False, False]
+    assert time.monotonic() - began < 10 * 0.5, "six deadlines, not ten"
+
+
 @pytest.mark.parametrize("what", [hang, crash], ids=["hang", "crash"])
 def test_one_accident_costs_nothing(what, tmp_path):
     with Pool(doubled, workers=1, deadline_s=0.3) as pool:
@@ -147,6 +156,25 @@ def test_tensors_and_arrays_cross_unchanged():
     np.testing.assert_array_equal(found["array"], values["array"])
     assert torch.equal(found["nested"][0][0], torch.ones(1))
     found["large"] += 1  # whoever gets a batch may write to it
+
+
+def test_a_small_part_that_is_kept_does_not_keep_the_memory_of_a_batch():
+    batch = {"small": np.arange(10.0), "tensor": torch.ones(3), "large": torch.zeros(1 << 20)}
+    with Pool(lambda task, attempt: batch, workers=1, deadline_s=5) as pool:  # noqa: ARG005
+        (whole,) = pool.map([(0,)], ahead=1)
+        held = len(os.listdir("/proc/self/fd"))
+        kept = whole["small"], whole["tensor"]
+        del whole
+        assert len(os.listdir("/proc/self/fd")) == held - 1
+    assert kept[0].sum() == 45
+    kept[1].add_(1)
+
+
+def test_closing_twice_and_results_of_nothing():
+    pool = Pool(lambda task, attempt: None, workers=1, deadline_s=5)  # noqa: ARG005
+    assert list(pool.map([(0,), (1,)], ahead=1)) == [None, None]
+    pool.close()
+    pool.close()
 
 
 def test_results_wait_for_their_turn_and_no_more_than_asked_for_are_made(tmp_path):

@@ -5,11 +5,14 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 
+from swim.data_tools import storage
 from swim.data_tools.index import Lines
 from swim.data_tools.records import Conversation, Media, Record, RecordError, Turn
 from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, ShardWriter, index_shard
@@ -251,6 +254,7 @@ def test_shards_and_samples_cross_processes(synth_folder: Path) -> None:
 
 def test_open_files_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("swim.data_tools.storage.MAX_OPEN_FILES", 3)
+    storage._open_files.clear()
     with ShardWriter(tmp_path, max_bytes=1) as writer:
         for i in range(8):
             writer.write(f"clip{i}", _record(), {}, {"mp4": bytes([i])})
@@ -284,3 +288,28 @@ def test_a_cached_index_is_parsed_once_and_lines_are_parsed_when_asked_for(
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ShardError, match=r"line \d+ is damaged"):
         ShardSet(copied, cache=tmp_path / "cache")
+
+
+MANY = """
+import resource, sys
+from swim.data_tools.shards import ShardSet
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+sets = [ShardSet(folder) for folder in sys.argv[1:]]
+for number in range(len(sets[0])):
+    for one in sets:
+        assert one.read(number).record.source == "t"
+print("read")
+"""
+
+
+def test_many_shards_of_many_data_sets_stay_within_the_files_that_a_process_may_open(tmp_path):
+    said = [Conversation(task="t", turns=[Turn(role="user", text="?"), Turn(role="assistant", text="!")])]
+    record = Record(source="t", license="CC0-1.0", media=[], objects=[], conversations=said)
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder in folders:
+        with ShardWriter(folder, max_bytes=1) as writer:
+            for number in range(60):
+                writer.write(f"k{number}", record, {}, {})
+    result = subprocess.run([sys.executable, "-c", MANY, *folders], capture_output=True, text=True)
+    assert result.stdout == "read\n", result.stderr[-2000:]

@@ -300,6 +300,7 @@ def test_a_damaged_checkpoint_is_refused_and_another_configuration_too(mixed, tm
     code, output = finish(start([*options, "optim.lr=0.5"], cwd=tmp_path))
     assert code == 2
     assert "another configuration" in output
+    assert " was " in output
 
     # The share of a folder is a part of the order, not of the configuration: folders may move.
     shares = f"data.train=[{mixed / 'clips'}, {{path: {mixed / 'text'}, repeat: 2}}]"

@@ -123,7 +123,7 @@ def workers(beats: list[Beat]) -> list[str]:
 
 def test_a_rank_that_hangs_is_named_and_ends_the_job(options, tmp_path):
     folder = tmp_path / "runs" / "run"
-    process = start([*options, "guard.hang_s=6", "guard.start_s=120"], cwd=tmp_path)
+    process = start([*options, "guard.hang_s=6", "guard.start_s=120", "data.deadline_s=1"], cwd=tmp_path)
     try:
         wait_until(lambda: num_steps(folder) >= 3, process)
         hung = read_beats(folder)[1].pid
@@ -141,6 +141,36 @@ def test_a_rank_that_hangs_is_named_and_ends_the_job(options, tmp_path):
     assert "takes longer than 6 s (guard.hang_s)" in output
     assert f"silent: rank 1 on {os.uname().nodename} (process {hung}): step" in output
     assert "train_step" in (folder / "ranks" / "stacks_00000.txt").read_text()
+
+
+WATCHED = """
+import sys, time
+from pathlib import Path
+from swim.train.heartbeat import Heartbeat
+
+with Heartbeat(Path(sys.argv[1]), 0, 2, limit_s=0.4, start_limit_s=float(sys.argv[2])) as heartbeat:
+    heartbeat.phase("data", 1)
+    print("on", flush=True)
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("case", ["stuck file system", "another rank failed"])
+def test_a_rank_ends_though_its_files_hang_and_when_another_one_has_failed(tmp_path, case):
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    if case == "stuck file system":
+        os.mkfifo(folder / "rank_00001.json")  # whoever opens it waits for ever
+        os.mkfifo(folder / "stacks_00000.txt")
+    limit = "0.4" if case == "stuck file system" else "1000"
+    process = subprocess.Popen([sys.executable, "-c", WATCHED, tmp_path, limit], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "on\n"
+    if case == "another rank failed":
+        (folder / "failed.json").write_text('{"rank": 1}')
+    output = process.communicate(timeout=60)[0]
+    expected = 86 if case == "stuck file system" else 1
+    assert process.returncode == expected, output
+    assert "rank 0:" in output
 
 
 def test_beats_tell_silent_slow_and_ended_ranks_apart(tmp_path):
