@@ -45,7 +45,7 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launch/*.sh .ci/run
+	$(BIN)/shellcheck launch/*.sh launch/slurm/* tests/slurm/*.sh .ci/run
 	bash -n launch/train.sh
 	$(BIN)/python -W error -c "compile(open('launch/train.sh').read(), 'launch/train.sh', 'exec')"
 
