@@ -31,8 +31,9 @@ newest() {
 }
 
 requeue() {
-  local count=0 most="${SWIM_MAX_REQUEUES:-3}" job=none counts="$folder/requeues"
-  if [ "$(newest)" = "$before" ]; then
+  local count=0 most="${SWIM_MAX_REQUEUES:-3}" job=none counts="$folder/requeues" after
+  after="$(newest)"
+  if [ "$after" = "$before" ]; then
     if [ -s "$counts" ]; then read -r job count <"$counts"; fi
     if [ "$job" != "$SLURM_JOB_ID" ]; then count=0; fi
     count=$((count + 1))
@@ -42,10 +43,10 @@ requeue() {
     say "not requeued: $count starts in a row ended without a newer checkpoint than $before (SWIM_MAX_REQUEUES=$most)"
   elif [ "${ENVIRONMENT:-}" != BATCH ]; then
     say "run the same command again to go on"
-  elif scontrol requeue "$SLURM_JOB_ID"; then
-    say "requeued; newest checkpoint $(newest), before it was $before; $count starts in a row without a newer one"
   else
-    say "SLURM does not requeue this job; submit it again to go on"
+    # Said before: SLURM ends this shell when it requeues.
+    say "requeue: newest checkpoint $after, before it was $before; $count starts in a row without a newer one"
+    scontrol requeue "$SLURM_JOB_ID" || say "SLURM does not requeue this job; submit it again to go on"
   fi
 }
 

@@ -27,9 +27,13 @@ down() {
   rm -rf "$folder"
 }
 
+listens() { (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
 configure() {
-  local host
+  local host port=16810
   host="$(hostname -s)"
+  # Three ports in a row that nobody listens at: another such cluster may be up.
+  while listens "$port" || listens $((port + 1)) || listens $((port + 2)); do port=$((port + 3)); done
   mkdir -p "$folder"/{run,log,state,spool.n1,spool.n2}
   chmod 755 "$folder" "$folder"/*
   # A key of its own: 128 random bytes, readable by its owner alone.
@@ -37,7 +41,7 @@ configure() {
   cat > "$SLURM_CONF" <<END
 ClusterName=swim
 SlurmctldHost=$host(127.0.0.1)
-SlurmctldPort=16817
+SlurmctldPort=$port
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -64,8 +68,8 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 PreemptMode=OFF
 KillWait=30
-NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=17001 CPUs=2 State=UNKNOWN
-NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=17002 CPUs=2 State=UNKNOWN
+NodeName=n1 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 1)) CPUs=2 State=UNKNOWN
+NodeName=n2 NodeHostname=$host NodeAddr=127.0.0.1 Port=$((port + 2)) CPUs=2 State=UNKNOWN
 PartitionName=p Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
 END
 }
