@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# Sets `python` from `root`: the environment of this clone first, whether or not it is activated; else the one on PATH.
+# Sets, from `root`: `python`, that of this clone first, whether or not it is activated, else the one on PATH; and
+# `modules`, the PYTHONPATH with which it finds swim in a clone that is not installed.
 : "${root:?}"
 python="${SWIM_PYTHON:-}"
 if [ -z "$python" ]; then
@@ -11,7 +12,8 @@ if [ -z "$python" ] || ! "$python" -c 'import importlib.util as u, sys; sys.exit
   echo "error: ${python:-python3} cannot import deepspeed; run 'make env' in $root, or set SWIM_PYTHON" >&2
   exit 2
 fi
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+# shellcheck disable=SC2034 # for those that source this
+modules="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 # Ranks compute with one CPU thread each: more threads than cores only wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"

@@ -38,7 +38,7 @@ if [ -n "${SLURM_JOB_ID:-}" ] && [ "$step" = 0 ]; then
 fi
 
 # The program itself reads the recipe and finds a free port; a mistake in the recipe ends here, before any rank starts.
-placement="$("$python" -m swim.train --placement "$@")"
+placement="$(PYTHONPATH="$modules" "$python" -m swim.train --placement "$@")"
 read -r ranks port _ <<<"$placement"
 exec "$python" -m deepspeed.launcher.runner --num_gpus "$ranks" --master_port "${MASTER_PORT:-$port}" "$here/train.sh" "$@"
 : <<'# end of the Python half'

@@ -50,7 +50,7 @@ requeue() {
   fi
 }
 
-placement="$("$python" -m swim.train --placement "$@")"
+placement="$(PYTHONPATH="$modules" "$python" -m swim.train --placement "$@")"
 read -r ranks _ folder <<<"$placement"
 mkdir -p "$folder/ranks"
 before="$(newest)"
@@ -92,7 +92,7 @@ case "${cancelled:+cancelled}$code" in
     exit 1 ;;
   75) requeue ;;
   *)
-    "$python" -m swim.train.cli doctor "$folder" || true
+    PYTHONPATH="$modules" "$python" -m swim.train.cli doctor "$folder" || true
     requeue ;;
 esac
 exit "$code"

@@ -47,7 +47,7 @@ if [ -e "$here/$profile.sbatch" ]; then script="$here/$profile.sbatch"; fi
 
 # shellcheck source=launch/environment.sh
 . "$root/launch/environment.sh"
-placement="$("$python" -m swim.train --placement --config "$recipe" "$@")"
+placement="$(PYTHONPATH="$modules" "$python" -m swim.train --placement --config "$recipe" "$@")"
 read -r _ _ folder <<<"$placement"
 
 if [ -n "$gpus" ]; then options+=("--gpus-per-node=$gpus"); fi

@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from loose_files import write_loose
 from processes import LAUNCHER, ROOT, TINY, environment, metrics, run
 from tiny import make_data
 
+from swim.data_tools.shards import ShardSet
 from swim.train.heartbeat import read_beats
 
 STEPS = 25
@@ -49,6 +51,13 @@ def options(tmp_path_factory) -> list[str]:
     # One rank on each of two nodes; two on one where the last word is launch.ranks=2.
     fixed = [f"run.steps={STEPS}", "run.name=run", "data.packs_per_step=2", "launch.ranks=1"]
     return [*TINY[2:], f"data.train=[{folder}]", *fixed]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(options, tmp_path_factory) -> Path:
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    run(["--config", "tiny_cpu", *options, "launch.ranks=2"], cwd=cwd)
+    return cwd / "runs" / "run"
 
 
 def call(*command: str | Path, cwd: Path, **extra: str) -> str:
@@ -93,7 +102,7 @@ def curve(folder: Path) -> list[dict]:
     return [{name: value for name, value in line.items() if name not in timed} for line in metrics(folder)]
 
 
-def test_a_job_at_its_time_limit_saves_is_requeued_and_ends_with_the_same_curve(options, tmp_path):
+def test_a_job_at_its_time_limit_saves_is_requeued_and_ends_with_the_same_curve(options, undisturbed, tmp_path):
     folder = tmp_path / "runs" / "run"
     job = submit(options, tmp_path, "--time", "10", "--grace", "60")
     log = folder / f"slurm-{job}.log"
@@ -113,13 +122,10 @@ def test_a_job_at_its_time_limit_saves_is_requeued_and_ends_with_the_same_curve(
     assert "the ranks ended with 75" in text
     assert f"requeue: newest checkpoint step_{done:08d}, before it was none; 0 starts in a row" in text
 
-    (tmp_path / "undisturbed").mkdir()
-    run(["--config", "tiny_cpu", *options, "launch.ranks=2"], cwd=tmp_path / "undisturbed")  # while the job waits
     wait_until(lambda: state(job) == "COMPLETED", log)
     text = log.read_text()
     assert f"newest checkpoint step_{done:08d}, restart 1" in text, "the log of both starts is one file"
     assert f"step_{done:08d} at step {done}" in text
-    undisturbed = tmp_path / "undisturbed" / "runs" / "run"
     assert curve(folder) == curve(undisturbed)
     name = Path("model", "model.safetensors")
     assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
@@ -158,3 +164,36 @@ def test_a_cancelled_job_saves_and_is_not_requeued(options, tmp_path):
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
     assert "not requeued: this job was told to end" in log.read_text()
     assert (folder / "checkpoints" / f"step_{num_steps(folder):08d}" / "manifest.json").exists()
+
+
+def test_a_job_whose_rank_is_killed_is_requeued_and_ends_with_the_same_model(options, undisturbed, tmp_path):
+    folder = tmp_path / "runs" / "run"
+    job = submit([*options, "run.save_every=5"], tmp_path, "--time", "10")
+    log = folder / f"slurm-{job}.log"
+    wait_until((folder / "checkpoints" / "step_00000005").exists, log)
+    os.kill(read_beats(folder)[1].pid, signal.SIGKILL)
+    wait_until(lambda: state(job) == "COMPLETED", log)
+    text = log.read_text()
+    assert "the ranks ended with 247" in text
+    assert "0 starts in a row without a newer one" in text
+    name = Path("model", "model.safetensors")
+    assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_the_doctor_sees_both_nodes(tmp_path):
+    # Two ranks on two busy cores may find each other slow, which is exit code 1.
+    command = ("srun", "--nodes=2", "--ntasks-per-node=1", sys.executable, "-m", "swim.train.cli", "doctor")
+    process = subprocess.run(
+        command, cwd=tmp_path, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=120
+    )
+    assert "ranks         2 on 2 nodes (cpu), all-reduce of 1 MiB" in process.stdout, process.stderr[-3000:]
+    assert process.returncode == int("BAD" in process.stdout)
+
+
+def test_an_array_converts_all_parts(tmp_path):
+    inputs, out = write_loose(tmp_path / "loose", make_data(tmp_path / "clips", clips=4)), tmp_path / "shards"
+    script = ROOT / "launch" / "slurm" / "convert.sbatch"
+    command = ("sbatch", "--wait", "--array=0-1", "--cpus-per-task=1", script, "jsonl", inputs, "--out", out)
+    call(*command, cwd=tmp_path)
+    assert len(ShardSet(out)) == 4
+    assert len(list(tmp_path.glob("swim-convert-*_[01].log"))) == 2
