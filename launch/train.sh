@@ -19,8 +19,9 @@ set -euo pipefail
 trap '' USR1 # for the ranks: launchers inherit that it is ignored, the program sets a handler
 here="$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)"
 if [ ! -e "$here/environment.sh" ] && [ -n "${SLURM_JOB_ID:-}" ]; then
-  # sbatch runs a copy of this file; SLURM knows where it lies, and prints the arguments behind it.
-  script="$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')"
+  # sbatch runs a copy of this file; SLURM knows where it lies, and prints the arguments behind it; of an
+  # array it shows all jobs.
+  script="$(scontrol show job "$SLURM_JOB_ID" | awk '!seen && sub(/^ *Command=/, "") { print; seen = 1 }')"
   here="$(dirname "$(readlink -f "${script%" $*"}")")"
 fi
 root="$(dirname "$here")"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 from swim.train.doctor import Finding, block, check_machine, host_name
-from swim.train.world import find_place
+from swim.train.world import find_place, set_place
 
 SLOW = 1.5
 JOIN_S = 120.0
@@ -42,6 +42,7 @@ class Timing:
 def check_ranks(disk: Path | None = None, data: str | None = None) -> int:
     """Check all machines of the job and their network; the first rank prints. The exit code, the same on all ranks."""
     rank, size, local = find_place()
+    set_place(rank, size, local)
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     machine = check_machine(disk, data) if local == 0 else []
     try:

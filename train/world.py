@@ -59,6 +59,7 @@ class World:
 def init_world(timeout_s: float = 1800.0) -> World:
     """Join the job that the environment describes, alone if it describes none; nccl on GPUs, gloo on CPUs."""
     rank, size, local = find_place()
+    set_place(rank, size, local)
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
         device, backend = torch.device("cuda", local), "nccl"
@@ -77,18 +78,21 @@ def init_world(timeout_s: float = 1800.0) -> World:
 
 
 def find_place() -> tuple[int, int, int]:
-    """Rank, size and local rank of this process; sets the variables by which torch finds the others."""
+    """Rank, size and local rank of this process, alone if nothing in the environment says otherwise."""
     in_step = int(os.environ.get("SLURM_STEP_ID", _SRUN_STEPS)) < _SRUN_STEPS
-    names = next((names for names in _NAMES if names[0] in os.environ and (names != _NAMES[2] or in_step)), ())
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in zip(names or _NAMES[0], (0, 1, 0)))
+    names = next((names for names in _NAMES if names[0] in os.environ and (names != _NAMES[2] or in_step)), _NAMES[0])
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0)))
+    return rank, size, local
+
+
+def set_place(rank: int, size: int, local: int) -> None:
+    """Set the variables by which torch finds the other ranks; an address and a port that are given stay."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))
-    if size > 1 and "MASTER_ADDR" not in os.environ:
-        os.environ["MASTER_ADDR"] = _master()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _master() if size > 1 else "127.0.0.1"
     # From the job's number, as in launch/slurm/job.sh: two jobs on a node differ, and all nodes know it.
     job = os.environ.get("SLURM_JOB_ID")
     os.environ.setdefault("MASTER_PORT", str(10000 + int(job) % 20000) if job and size > 1 else "29500")
-    return rank, size, local
 
 
 def _master() -> str:

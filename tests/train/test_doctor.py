@@ -18,7 +18,7 @@ from swim.train.cli import app
 from swim.train.doctor import Finding, block, check_data, check_disk, check_machine
 from swim.train.doctor_ranks import Timing, judge
 from swim.train.doctor_run import check_run
-from swim.train.world import find_place
+from swim.train.world import find_place, set_place
 
 
 def bad(findings: list[Finding]) -> dict[str, str]:
@@ -190,4 +190,17 @@ def test_where_a_process_is(variables, place, monkeypatch):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(prefixes)}
     monkeypatch.setattr(os, "environ", {**clean, **variables})
     assert find_place() == place
-    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+    set_place(*place)
+    assert (os.environ["RANK"], os.environ["MASTER_ADDR"]) == (str(place[0]), "127.0.0.1")
+
+
+def test_ranks_of_a_job_meet_at_its_first_node(tmp_path, monkeypatch):
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\n[ "$2" = node ] && echo " NodeAddr=10.0.0.7 Port=1" || echo "n3\nn4"\n'
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    job = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "20007", "SLURM_JOB_NODELIST": "n[3-4]"}
+    monkeypatch.setattr(os, "environ", job)
+    set_place(1, 2, 0)
+    # The formula of launch/slurm/job.sh.
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.7", "10007")

@@ -162,7 +162,7 @@ def test_a_cancelled_job_saves_and_is_not_requeued(options, tmp_path):
     subprocess.run(["scancel", job], check=True)
     wait_until(lambda: state(job) == "CANCELLED", log)
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
-    assert "not requeued: this job was told to end" in log.read_text()
+    assert "not requeued from here: told to end" in log.read_text()
     assert (folder / "checkpoints" / f"step_{num_steps(folder):08d}" / "manifest.json").exists()
 
 

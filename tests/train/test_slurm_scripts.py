@@ -22,7 +22,7 @@ exit "${END:-0}\"""",
     "scontrol": """case "$1 $2" in
   "show hostnames") printf "n1\\nn2\\n" ;;
   "show node") echo "   NodeAddr=10.0.0.7 NodeHostName=$3 Port=1" ;;
-  "show job") echo "   Command=$SCRIPT" ;;
+  "show job") printf "   Command=%s\\n   WorkDir=/\\n" "$SCRIPT" "$SCRIPT" ;;
   requeue*) echo "$2" >> "$CALLS/requeue" ;;
 esac""",
 }
@@ -184,7 +184,7 @@ def test_a_cancelled_job_is_not_requeued(stage):
     (stage.calls / "hook").write_text("kill -TERM $PPID\n")
     code, output = stage.job(75)
     assert (code, stage.called("requeue")) == (143, [])
-    assert "not requeued: this job was told to end" in output
+    assert "not requeued from here: told to end" in output
 
 
 def test_an_allocation_without_a_batch_job_is_not_requeued(stage):
