@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: env demo demo-short test test-all lint bench bench-report format docs kernel-resources demo-seeds energon-env clean
+.PHONY: env demo demo-short test test-all test-slurm lint bench bench-report format docs kernel-resources demo-seeds energon-env clean
 
 env: $(STAMP)
 
@@ -34,6 +34,10 @@ test: env
 test-all: env
 	$(BIN)/python -m pytest -q -m "not gpu and not slurm and not bench"
 
+# As root, with Debian's slurmctld, slurmd, slurm-client and munge: two nodes on this host.
+test-slurm: env
+	$(BIN)/python -m pytest -q -m slurm
+
 bench: env
 	$(BIN)/python -m pytest -q -s -m bench
 
@@ -45,7 +49,7 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck launch/*.sh .ci/run
+	$(BIN)/shellcheck launch/*.sh launch/slurm/* tests/slurm/*.sh .ci/run
 	bash -n launch/train.sh
 	$(BIN)/python -W error -c "compile(open('launch/train.sh').read(), 'launch/train.sh', 'exec')"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-DATA = {"recipes": ["*.yaml"], "ds_configs": ["*.json"], "launch": ["*.sh"]}
+DATA = {"recipes": ["*.yaml"], "ds_configs": ["*.json"], "launch": ["*.sh", "slurm/*"]}
 FOLDERS = ("train", "kernels", "data_tools", "evaluation")
 
 

@@ -24,7 +24,10 @@ TINY = (
 def environment(**extra: str) -> dict[str, str]:
     """The environment of a user who activated nothing and set nothing."""
     hidden = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH")
-    kept = {k: v for k, v in os.environ.items() if k not in hidden}
+    # Nor those of the SLURM job that the tests may run in; where a cluster's configuration lies is no part of a job.
+    kept = {
+        k: v for k, v in os.environ.items() if k not in hidden and (not k.startswith("SLURM_") or k == "SLURM_CONF")
+    }
     return {**kept, "HF_HUB_OFFLINE": "1", **extra}
 
 

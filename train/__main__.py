@@ -39,8 +39,8 @@ def parse_arguments(arguments: list[str]) -> tuple[str, list[str]]:
 def main(arguments: list[str] | None = None) -> None:
     """Parse, check and train; a mistake of the user ends in one clear message and exit code 2.
 
-    With `--placement` first, print the number of processes the recipe wants on this node and a free port, and do
-    nothing else.
+    With `--placement` first, print the number of processes the recipe wants on this node, a free port and the run
+    folder, and do nothing else.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     placement = arguments[:1] == ["--placement"]
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = load_config(recipe, overrides)
         if placement:
             engine_file(config)
-            print(config.launch.ranks or _num_gpus(), _free_port())
+            print(config.launch.ranks or _num_gpus(), _free_port(), config.run.folder)
             return
         from swim.data_tools.mixture import PlanError
         from swim.data_tools.pool import PoolError
@@ -72,6 +72,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _num_gpus() -> int:
+    if "SLURM_GPUS_ON_NODE" in os.environ:  # nvidia-smi may list those of other jobs as well
+        return max(1, int(os.environ["SLURM_GPUS_ON_NODE"]))
     listed = (
         subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
     )

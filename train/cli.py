@@ -1,4 +1,4 @@
-"""The `swim` command: data, train, evaluate, demo."""
+"""The `swim` command: data, train, evaluate, demo, doctor."""
 
 import json
 import os
@@ -175,6 +175,29 @@ def demo(
         run_demo(folder, seed=number, short=short)
     if table is not None:
         write_table(table, dict(zip(seeds, folders)))
+
+
+@app.command()
+def doctor(
+    run: Annotated[
+        Path | None, typer.Argument(help="Run folder: how is the run? Without it: how is this machine?")
+    ] = None,
+    disk: Annotated[Path, typer.Option(help="Folder of runs, whose disk is measured.")] = Path("runs"),
+    data: Annotated[str | None, typer.Option(help="Data set, whose reads are measured.")] = None,
+) -> None:
+    """Say whether this machine (under srun or a launcher: all of them, with the network) or a run is well; exit with 1
+    if not."""
+    from swim.train.doctor import block, check_machine
+    from swim.train.doctor_ranks import check_ranks
+    from swim.train.doctor_run import check_run
+    from swim.train.world import find_place
+
+    if run is None and find_place()[1] > 1:
+        raise typer.Exit(check_ranks(disk, data))
+    findings = check_machine(disk, data) if run is None else check_run(run)
+    print(block(findings))
+    if any(finding.remedy for finding in findings):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -110,6 +110,7 @@ def _train(run: Run, loader: Loader) -> None:
             due = config.run.save_every and (step + 1) % config.run.save_every == 0
             if step + 1 == stop or due or problem or asked:
                 last = bool(step + 1 == stop or problem or asked)
+                why = next(filter(None, world.gather(run.stop.asked())), None) if asked else None
                 _save(run, step + 1, last=last)
                 if last:
                     run.stop.clear()
@@ -117,7 +118,8 @@ def _train(run: Run, loader: Loader) -> None:
                 raise TrainingError(problem)
             if asked:
                 world.barrier()  # the first rank that leaves makes the launcher end the others
-                raise Stopped(f"stopped behind step {step + 1} of {config.run.steps}, saved; start it again to go on")
+                done = f"stopped behind step {step + 1} of {config.run.steps}, saved"
+                raise Stopped(f"{done} ({why}); start it again to go on")
             if (step + 1) % _COLLECT_EVERY == 0:
                 gc.collect()
     gc.enable()

@@ -11,10 +11,13 @@ import torch
 
 from swim.train.config import ConfigError
 
-# Rank, size and local rank as torch's launchers, SLURM and OpenMPI name them.
-_RANK = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-_SIZE = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-_LOCAL = ("LOCAL_RANK", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
+# Rank, size and local rank as torch's launchers, OpenMPI and SLURM name them.
+_NAMES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+_SRUN_STEPS = 4294967280  # steps of srun count from 0; SLURM's own, a batch script or a shell, have larger numbers
 
 _T = TypeVar("_T")
 
@@ -88,10 +91,8 @@ class World:
 
 def init_world(timeout_s: float = World.timeout_s) -> World:
     """Join the job that the environment describes, alone if it describes none; nccl on GPUs, gloo on CPUs."""
-    rank, size, local = (_first(names, default) for names, default in ((_RANK, 0), (_SIZE, 1), (_LOCAL, 0)))
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))
-    os.environ.setdefault("MASTER_ADDR", _master())
-    os.environ.setdefault("MASTER_PORT", "29500")
+    rank, size, local = find_place()
+    set_place(rank, size, local)
     if torch.cuda.is_available():
         torch.cuda.set_device(local)
         device, backend = torch.device("cuda", local), "nccl"
@@ -109,13 +110,32 @@ def init_world(timeout_s: float = World.timeout_s) -> World:
     return World(rank, size, device, timeout_s)
 
 
-def _first(names: tuple[str, ...], default: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), default)
+def find_place() -> tuple[int, int, int]:
+    """Rank, size and local rank of this process, alone if nothing in the environment says otherwise."""
+    in_step = int(os.environ.get("SLURM_STEP_ID", _SRUN_STEPS)) < _SRUN_STEPS
+    names = next((names for names in _NAMES if names[0] in os.environ and (names != _NAMES[2] or in_step)), _NAMES[0])
+    rank, size, local = (int(os.environ.get(name, default)) for name, default in zip(names, (0, 1, 0)))
+    return rank, size, local
+
+
+def set_place(rank: int, size: int, local: int) -> None:
+    """Set the variables by which torch finds the other ranks; an address and a port that are given stay."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local))
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _master() if size > 1 else "127.0.0.1"
+    # From the job's number, as in launch/slurm/job.sh: two jobs on a node differ, and all nodes know it.
+    job = os.environ.get("SLURM_JOB_ID")
+    os.environ.setdefault("MASTER_PORT", str(10000 + int(job) % 20000) if job and size > 1 else "29500")
 
 
 def _master() -> str:
     nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         return "127.0.0.1"
-    listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    return listed.stdout.split()[0]
+
+    def ask(*command: str) -> str:
+        return subprocess.run(["scontrol", "show", *command], capture_output=True, text=True, check=True).stdout
+
+    first = ask("hostnames", nodes).split()[0]
+    # The address by which SLURM itself reaches the node: its name need not resolve.
+    return next((w.partition("=")[2] for w in ask("node", first).split() if w.startswith("NodeAddr=")), first)

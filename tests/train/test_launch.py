@@ -39,6 +39,16 @@ def test_forms_of_launching(options, command, ranks, tmp_path):
     assert f'"ranks": {ranks}' in (folder / "done.json").read_text()
 
 
+def test_a_run_that_is_asked_to_end_says_so_by_its_exit_code_in_every_form(options, tmp_path):
+    # The form by bash: test_stop.py; those of SLURM: test_slurm.py.
+    (tmp_path / "runs" / "asked").mkdir(parents=True)
+    (tmp_path / "runs" / "asked" / "stop").touch()
+    arguments = ["--config", "tiny_cpu", *options, "run.steps=3", "run.name=asked"]
+    code, output = finish(start(arguments, cwd=tmp_path, command=[*deepspeed(), "--no_python", str(LAUNCHER)]))
+    assert code == 75, output[-3000:]
+    assert "stopped behind step 1 of 3, saved" in output
+
+
 def test_without_arguments_it_is_the_tiny_recipe():
     asked = subprocess.run(
         [sys.executable, "-m", "swim.train", "--placement"], cwd=ROOT, env=environment(), capture_output=True, text=True

@@ -67,7 +67,7 @@ def test_time_a_file_and_usr1_stop_a_run_that_then_goes_on_bit_for_bit(options, 
     assert code == 75, output[-3000:]
     done = num_steps(folder)
     assert 4 <= done < STEPS
-    assert f"stopped behind step {done} of {STEPS}, saved" in output
+    assert f"stopped behind step {done} of {STEPS}, saved (SIGUSR1)" in output
     assert not (folder / "done.json").exists()
     output = run(options, cwd=tmp_path)
     assert f"step_{done:08d} at step {done}" in output
