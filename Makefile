@@ -28,8 +28,9 @@ demo: env
 demo-short: env
 	$(BIN)/swim demo --short --out runs/demo-short
 
+# Two files of tests at a time; what a test starts may itself be several processes.
 test: env
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-all: env
 	$(BIN)/python -m pytest -q -m "not gpu and not slurm and not bench"

