@@ -5,6 +5,7 @@ Activations are counted by running the text model and the vision blocks on the m
 and no data, and adding up what autograd keeps for the backward pass; attention keeps what flash attention keeps.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,11 +71,32 @@ class Parameter:
     numel: int
     trained: bool
     group: int  # 0 with weight decay (matrices), 1 without
+    element: int  # bytes; those of adapters may differ from the model's
+    part: str = "text"  # vision | embedding | text | head
+    block: bool = False  # whether checkpointing runs it again: in a block, and not its last module
+
+    def padded(self, world: int) -> int:
+        """Bytes of its partitions on so many ranks."""
+        return self.element * -(-self.numel // world) * world
+
+
+_VISION = re.compile(r"visual|vision_tower|multi_modal_projector")
+_BLOCK = re.compile(r"\.(layers|blocks|layer)\.\d+\.(?!mlp\.(down_proj|linear_fc2|fc2)\.)")
 
 
 def parameters_of(model: nn.Module) -> list[Parameter]:
-    """Sizes of the parameters of a model, which may be on the meta device; tied ones once."""
-    return [Parameter(n, p.numel(), p.requires_grad, int(p.dim() <= 1)) for n, p in model.named_parameters()]
+    """Sizes of the parameters of a model, which may be on the meta device, in the order of their use; tied ones
+    once."""
+
+    def size(name: str, p: Tensor) -> Parameter:
+        part = "vision" if _VISION.search(name) else "embedding" if "embed_tokens" in name else "text"
+        part = "head" if "lm_head" in name else part
+        return Parameter(
+            name, p.numel(), p.requires_grad, int(p.dim() <= 1), p.element_size(), part, bool(_BLOCK.search(name))
+        )
+
+    order = ("vision", "embedding", "text", "head")
+    return sorted((size(*item) for item in model.named_parameters()), key=lambda p: order.index(p.part))
 
 
 @dataclass(frozen=True)
@@ -100,13 +122,13 @@ def model_states(parameters: Sequence[Parameter], zero: Zero, world: int, *, ele
     numel = sum(p.numel for p in trained)
     if zero.stage == 3:
         own = sum(-(-p.numel // world) for p in trained)
-        partitions = element * sum(-(-p.numel // world) for p in parameters)
+        partitions = sum(p.padded(world) for p in parameters) // world
         # One rank alone gathers nothing: its partition is the parameter.
-        whole = element * sum(p.numel for p in parameters if p.numel <= zero.persistence) if world > 1 else 0
+        small = [p for p in parameters if p.numel <= zero.persistence] if world > 1 else []
+        whole = sum(p.padded(world) for p in small)
         second = element * sum(-(-p.numel // zero.hpz) for p in parameters) if zero.hpz > 1 else 0
         gathered = min(sum(p.numel for p in parameters), max(zero.live, max(p.numel for p in parameters)))
-        # fp32 weights are their own master copy.
-        optimizer = own * (8 if element == 4 else 12)
+        optimizer = 12 * own  # a master copy also of fp32 weights
         gradients = element * own
         buffers = element * (min(zero.bucket, numel) + (gathered + zero.prefetch if world > 1 else 0))
         update = 4 * min(own, zero.sub_group) if element != 4 else 0
@@ -127,7 +149,7 @@ def model_states(parameters: Sequence[Parameter], zero: Zero, world: int, *, ele
         step = _ALIGNMENT * world
         flat = sum(-(-size // step) * step for size in sizes)
         own = flat // world
-        optimizer = 12 * own  # a master copy also of fp32 weights
+        optimizer = 12 * own
     gradients = element * (own if zero.stage == 2 else numel)
     buckets = min(zero.bucket, numel) * (1 + zero.overlap) if zero.stage else 0
     offload = zero.offload_optimizer and zero.stage > 0
@@ -338,7 +360,7 @@ class _Attention(torch.autograd.Function):
 class _FlashKeeps(TorchFunctionMode):
     """Attention that is not fused on the meta device counts as if it were."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return _Attention.apply(*args[:3], kwargs.get("attn_mask"))
