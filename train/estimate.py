@@ -6,11 +6,12 @@ are formulas of `scaling.py`.
 """
 
 import importlib
+import itertools
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -37,13 +38,14 @@ from swim.train.memory import (
     model_states,
     parameters_of,
 )
-from swim.train.scaling import DEVICES, GB, Device, Traffic, Work, predict, scaling_page, traffic
+from swim.train.scaling import DEVICES, Traffic, Work, predict, scaling_page, traffic
 from swim.train.stock import build_stock_model, tokenizer_and_config
 from swim.train.system import Request, System, build_system
 
 HOST_LINK = 25e9  # bytes/s between a device and main memory, PCIe 4.0 x16 as far as it is reached
 HOST_MEMORY = 25e9  # bytes/s of main memory for each rank of a node of eight
 WAYS_SHOWN = 2
+_LITTLE = 100_000_000  # elements that ZeRO-3 keeps gathered when memory is short
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def _estimate(model: Model, setup: Setup, device: str | None, memory: int | None
     if device is not None:
         one = work(model, setup, device)
         seconds = predict(one, DEVICES[device], world, packs_per_step).seconds
-        seconds += _host_seconds(states, DEVICES[device])
+        seconds += _host_seconds(states)
     return Estimate(
         ranks=world,
         device=device,
@@ -234,94 +236,91 @@ def _scaled(held: Activations, share: float) -> Activations:
     return Activations(**{name: int(value * share) for name, value in asdict(held).items()})
 
 
-def _host_seconds(states: States, device: Device) -> float:  # noqa: ARG001
+def _host_seconds(states: States) -> float:
     """Seconds a step that offloaded states take: gradients out, weights back, and AdamW reading and writing 28 bytes
     for the 14 it keeps."""
     return states.host * (4 / 14 / HOST_LINK + 2 / HOST_MEMORY)
 
 
-def _levers(config: Config, zero: Zero) -> Iterator[tuple[str, bool, Callable[[Setup], Setup]]]:
-    """The fixed list: what is not in force already, whether the result stays the same, and how it is done."""
+@dataclass(frozen=True)
+class Lever:
+    """A change of the fixed list; those of one `kind` exclude each other."""
+
+    kind: str
+    change: str
+    apply: Callable[[Setup], Setup]
+    same_result: bool = True
+
+
+def _levers(config: Config, zero: Zero) -> Iterator[Lever]:
+    """The fixed list of ways to fit, without what is in force already."""
+    section = "zero_optimization"
 
     def model(**fields: Any) -> Callable[[Setup], Setup]:
         return lambda s: replace(
             s, config=s.config.model_copy(update={"model": s.config.model.model_copy(update=fields)})
         )
 
+    def engine(**fields: Any) -> Callable[[Setup], Setup]:
+        return lambda s: replace(s, zero=replace(s.zero, **fields))
+
+    def pack(share: float) -> Callable[[Setup], Setup]:
+        return lambda s: replace(s, share=s.share * share)
+
+    def more(factor: int) -> Callable[[Setup], Setup]:
+        return lambda s: replace(s, ranks=s.ranks * factor)
+
     if not config.model.checkpointing:
-        yield "model.checkpointing=true", True, model(checkpointing=True)
+        yield Lever("checkpointing", "model.checkpointing=true", model(checkpointing=True))
     if zero.stage < 3:
-        yield "ZeRO stage 3 in the DeepSpeed file", True, lambda s: replace(s, zero=replace(s.zero, stage=3))
-    if not zero.offload_optimizer:
-        offload = "zero_optimization.offload_optimizer={device: cpu} in the DeepSpeed file"
-        yield (
-            offload,
-            True,
-            lambda s: replace(s, zero=replace(s.zero, stage=max(s.zero.stage, 2), offload_optimizer=True)),
-        )
-    if zero.stage == 3 and zero.live > 10**8:
-        yield (
-            "zero_optimization.stage3_max_reuse_distance=1e8 in the DeepSpeed file",
-            True,
-            lambda s: replace(s, zero=replace(s.zero, live=10**8)),
-        )
+        yield Lever("stage", f"{section}.stage=3", engine(stage=3))
+    if not zero.offload_optimizer and zero.stage > 0:
+        yield Lever("offload", f"{section}.offload_optimizer={{device: cpu}}", engine(offload_optimizer=True))
+    if zero.stage == 3 and zero.live > _LITTLE:
+        yield Lever("live", f"{section}.stage3_max_reuse_distance={_LITTLE}", engine(live=_LITTLE))
     data = config.data
     for share in (0.5, 0.25):
         if data.tokens_per_pack is not None:
-            change = f"data.tokens_per_pack={int(data.tokens_per_pack * share)}"
+            yield Lever("pack", f"data.tokens_per_pack={int(data.tokens_per_pack * share)}", pack(share))
         elif (data.clips_per_pack or 1) * share >= 1:
-            change = f"data.clips_per_pack={int((data.clips_per_pack or 1) * share)}"
+            clips = int((data.clips_per_pack or 1) * share)
+            yield Lever("pack", f"data.clips_per_pack={clips}", pack(share))
         else:
-            change = f"data.max_pixels={int(data.max_pixels * share)}"
-        yield change, "pixels" not in change, lambda s, share=share: replace(s, share=s.share * share)
+            yield Lever("pack", f"data.max_pixels={int(data.max_pixels * share)}", pack(share), same_result=False)
     for factor in (2, 4, 8):
-        yield (
-            f"{factor} times as many GPUs",
-            True,
-            lambda s, factor=factor: replace(s, ranks=s.ranks * factor),
-        )
+        yield Lever("ranks", f"{factor} times as many GPUs", more(factor))
     if config.model.lora is None:
-        yield "model.lora={rank: 16}", False, model(lora=LoraConfig())
+        lora = LoraConfig.model_validate({})
+        yield Lever("lora", f"model.lora={{rank: {lora.rank}}}", model(lora=lora), same_result=False)
 
 
 def _ways(model: Model, setup: Setup, device: str | None, memory: int | None, found: Estimate) -> list[Way]:
     """The cheapest ways of the list that fit, alone or, failing that, in twos and threes; those that leave the result
     as it is come first."""
     levers = list(_levers(setup.config, setup.zero))
-
-    def tried(chosen: Sequence[tuple[str, bool, Callable[[Setup], Setup]]]) -> Way | None:
-        changed = setup
-        for _, _, change in chosen:
-            changed = change(changed)
-        try:
-            new = _estimate(model, changed, device, memory)
-        except ConfigError:  # adapters without peft
-            return None
-        if not new.fits:
-            return None
-        slowdown = 1.0
-        if new.step_seconds and found.step_seconds:
-            slowdown = new.step_seconds * new.ranks / (found.step_seconds * found.ranks)
-        return Way(" and ".join(name for name, *_ in chosen), slowdown, all(same for _, same, _ in chosen), new.need)
-
     ways: list[Way] = []
+    enough: list[set[str]] = []  # kinds that fit: no more of them, nor others beside them
     for count in (1, 2, 3):
-        for chosen in _combinations(levers, count):
-            if (way := tried(chosen)) is not None:
-                ways.append(way)
+        for chosen in itertools.combinations(levers, count):
+            kinds = {lever.kind for lever in chosen}
+            if len(kinds) < count or any(fitting <= kinds for fitting in enough):
+                continue
+            changed = setup
+            for lever in chosen:
+                changed = lever.apply(changed)
+            try:
+                new = _estimate(model, changed, device, memory)
+            except ConfigError:  # adapters without peft
+                continue
+            if not new.fits:
+                continue
+            enough.append(kinds)
+            seconds = (new.step_seconds or 1.0) * new.ranks, (found.step_seconds or 1.0) * found.ranks
+            same = all(lever.same_result for lever in chosen)
+            ways.append(Way(" and ".join(x.change for x in chosen), seconds[0] / seconds[1], same, new.need))
         if len(ways) >= WAYS_SHOWN:
             break
     return sorted(ways, key=lambda way: (not way.same_result, way.slowdown))[:WAYS_SHOWN]
-
-
-def _combinations(levers: Sequence[Any], count: int) -> Iterator[tuple[Any, ...]]:
-    """Choices of levers of different kinds: two sizes of a pack or two numbers of GPUs are one kind."""
-    from itertools import combinations
-
-    for chosen in combinations(levers, count):
-        kinds = ["GPUs" if "GPUs" in name else name.split("=")[0] for name, *_ in chosen]
-        if len(set(kinds)) == count:
-            yield chosen
 
 
 def _supervised(config: Config, num_layers: int) -> tuple[int, ...]:
@@ -504,6 +503,3 @@ def check_engine_config(config: Config, micro_batches: int, world: int) -> None:
     ranks = SimpleNamespace(get_rank=lambda *_: 0, get_world_size=lambda *_: world)
     with patch("deepspeed.runtime.config.dist", ranks):
         DeepSpeedConfig(fields)
-
-
-__all__ = ["GB", "Estimate", "Way", "describe", "estimate", "meta_model", "report", "scaling", "walk"]

@@ -1,4 +1,4 @@
-"""Bytes that a rank of a training step holds, before there is a rank: model states from sizes, activations from a trace.
+"""Bytes that a rank of a training step holds, before there is a rank: states from sizes, activations from a trace.
 
 States follow from parameter sizes, the type and the ZeRO stage (arXiv 1910.02054, as DeepSpeed 0.19 lays them out).
 Activations are counted by running the text model and the vision blocks on the meta device, where tensors have shapes
@@ -6,7 +6,7 @@ and no data, and adding up what autograd keeps for the backward pass; attention 
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -241,11 +241,17 @@ class Tracer:
         self._head, self._embedding = stock.get_output_embeddings(), stock.get_input_embeddings()
         self._flags = [m for m in stock.modules() if hasattr(m, "gradient_checkpointing")]
         self.checkpointing = any(m.gradient_checkpointing for m in self._flags)
+        self._found: dict[int, Activations] = {}
         self._weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
         model.train()
 
     def activations(self, pack: Pack) -> Activations:
-        """Activations of one micro-batch of the model."""
+        """Activations of one micro-batch of the model; those of a pack are counted once."""
+        if id(pack) not in self._found:
+            self._found[id(pack)] = self._activations(pack)
+        return self._found[id(pack)]
+
+    def _activations(self, pack: Pack) -> Activations:
         vision, flows = self._vision_bytes(pack)
         kept, logits = self._text_bytes(pack, self._layers, flows=flows)
         plain, _ = self._text_bytes(pack, (), flows=flows)
@@ -412,11 +418,5 @@ def _part(model: nn.Module, *names: str) -> Any:
 
 
 def _blocks(vision: nn.Module) -> list[nn.Module]:
-    lists: Iterable[nn.ModuleList] = (m for m in vision.modules() if isinstance(m, nn.ModuleList))
-    return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())))
-
-
-def gib(count: float) -> str:
-    """Bytes as GiB with as many digits as say something."""
-    value = count / 2**30
-    return f"{value:,.1f} GiB" if value >= 10 else f"{value:.2f} GiB" if value >= 0.01 else f"{count / 2**20:.2f} MiB"
+    lists: list[nn.Module] = [m for m in vision.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())).children())

@@ -223,7 +223,7 @@ def scaling_page(work: Work, device_name: str, recipe: str, packs: int) -> str:
     """docs/scaling.md: formulas, assumptions and the prediction for 8 to 1 024 devices, in Markdown."""
     device, network = DEVICES[device_name], Network()
     worlds = [8 * 2**n for n in range(8)]
-    fixed, grown, short = [], [], []
+    fixed, grown, short = list[str](), list[str](), list[str]()
     brief = replace(work, tokens=work.tokens // 8, layer_flops=work.layer_flops / 8, vision_flops=work.vision_flops / 8)
     for world in worlds:
         plain, hpz, sequence = (predict(work, device, world, packs, strategy=s) for s in ("zero3", "hpz", "sequence"))
@@ -296,12 +296,14 @@ equal to those counted on real engines with 2 and 4 ranks, times are not checked
 
 | part | formula |
 | --- | --- |
-| computation | `lengths.Cost`: 2 operations a weight and token, 4 x width a pair of tokens; backward twice that; a checkpointed layer once more; vision tower once, like the text model if gradients flow into it |
+| computation | `lengths.Cost`: 2 operations a weight and token, 4 x width a pair of tokens |
+| backward | twice the forward pass, a checkpointed layer's forward pass again; vision if gradients flow into it |
 | its time | operations / ({efficiency} x {tflops:.0f} TFLOP/s): an assumed share of the peak |
-| ZeRO-3, a layer | weights gathered in the forward and in the backward pass, gradients reduce-scattered in every micro-batch |
+| ZeRO-3, a layer | weights gathered forward and backward, gradients reduce-scattered, in every micro-batch |
 | hpZ | the backward gather stays inside the node; costs an eighth of the weights in memory |
-| sequence parallelism | four all-to-alls a layer and pass (queries, keys, values, output) inside a node; the vision tower runs whole on every rank |
-| collective of B bytes | max(B (k-1)/k / {link:.0f} GB/s, B (n-1)/n / {node:.0f} GB/s) + {hop} us a step inside a node + {node_hop:.0f} us between nodes; k ranks a node, n nodes, a ring |
+| sequence parallelism | four all-to-alls a layer and pass inside a node; the vision tower runs whole on every rank |
+| gather of B bytes | max(B (k-1)/k / {link:.0f} GB/s, B (n-1)/n / {node:.0f} GB/s), k ranks a node, n nodes |
+| its latency | a ring: {hop} us a hop inside a node, {node_hop:.0f} us between nodes (assumed) |
 | overlap | a layer takes the longer of its computation and the gathers it hides |
 | data | `swim data bench --recipe` measures cores a GPU on the machine at hand; in the model loading is hidden |
 
@@ -313,7 +315,8 @@ equal to those counted on real engines with 2 and 4 ranks, times are not checked
 
 ## {packs} packs a step, as in `recipes/{recipe}.yaml`
 
-A pack is one clip of {tokens:,} tokens: {work:.0f} TFLOP, {layer:.0f} MB of weights a layer. Seconds a step, by formula.
+A pack is one clip of {tokens:,} tokens: {work:.0f} TFLOP, {layer:.0f} MB of weights a layer. Seconds a step, by
+formula.
 
 | GPUs | ZeRO-3 | hpZ | sequence parallel | computing (ZeRO-3) | ranks without a pack | cheapest |
 | ---: | ---: | ---: | ---: | ---: | ---: | --- |
