@@ -1,5 +1,6 @@
 """The `swim` command: data, estimate, train, evaluate, demo."""
 
+import contextlib
 import json
 import os
 import sys
@@ -56,7 +57,8 @@ def estimate(
         print(before.scaling(config, Path(recipe).stem), end="")
         return
     size = None if memory is None else int(memory * 1e9)
-    found = before.estimate(config, gpus, tokens=tokens, ranks=config.launch.ranks or 1, memory=size)
+    with contextlib.redirect_stdout(sys.stderr):  # what counting tokens says
+        found = before.estimate(config, gpus, tokens=tokens, ranks=config.launch.ranks or 1, memory=size)
     print(json.dumps(before.describe(found), indent=2) if as_json else before.report(found))
     if found.fits is False:
         raise typer.Exit(1)

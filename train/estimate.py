@@ -211,6 +211,12 @@ def work(model: Model, setup: Setup, device: str | None = None) -> Work:
     cost, element = model.cost, 2 if config.model.dtype == "bfloat16" else 4
     size = {part: sum(p.numel * p.element for p in parameters if p.part == part) for part in ("vision", "text")}
     ends = [p for p in parameters if p.part in ("embedding", "head")]
+
+    def passes(part: str) -> int:
+        # Adapters are a small part of the operations.
+        trained = any(p.trained and ".lora_" not in p.name for p in parameters if p.part == part)
+        return 2 + trained + config.model.checkpointing
+
     # A frame's patches see each other, as in Cost.
     vision = sum(frame * (cost.patch + frame * cost.patch_pair) for frame in pack.frames) * setup.share
     layers = text.num_hidden_layers
@@ -227,8 +233,8 @@ def work(model: Model, setup: Setup, device: str | None = None) -> Work:
         kv_heads=text.num_key_value_heads,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         element=element,
-        checkpointing=config.model.checkpointing,
-        vision_backward=tracer.vision_flows(pack),
+        layer_passes=passes("text"),
+        vision_passes=passes("vision") if tracer.vision_flows(pack) else 1,
     )
 
 
@@ -493,7 +499,7 @@ def walk(config: Config, world: int) -> tuple[str, bool]:
 def check_engine_config(config: Config, micro_batches: int, world: int) -> None:
     """Have DeepSpeed's own class read the configuration as it would among so many ranks; ValueError or AssertionError
     as there."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it announces its choice on stdout
     from deepspeed.runtime.config import DeepSpeedConfig
 
     from swim.train.engine import engine_config

@@ -5,6 +5,7 @@ Activations are counted by running the text model and the vision blocks on the m
 and no data, and adding up what autograd keeps for the backward pass; attention keeps what flash attention keeps.
 """
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Zero:
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "Zero":
         """From the fields of a DeepSpeed file, DeepSpeed's own defaults for the others."""
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it announces its choice on stdout
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
         given = DeepSpeedZeroConfig(**fields.get("zero_optimization", {}))

@@ -137,16 +137,16 @@ class Work:
     kv_heads: int
     head_dim: int
     element: int
-    checkpointing: bool
-    vision_backward: bool
+    # Forward passes' worth of a step: 1, as much again where gradients flow, and for trained weights, and recomputed.
+    layer_passes: int
+    vision_passes: int
     efficiency: float = 0.4  # of the peak, an assumption: what published runs of dense models of this size report
 
     @property
     def flops(self) -> float:
-        """Operations of a training step on the pack: forward, twice that backward, once more recomputed."""
-        passes = 4 if self.checkpointing else 3
-        vision = passes if self.vision_backward else 1
-        return passes * self.layers * self.layer_flops + 3 * self.head_flops + vision * self.vision_flops
+        """Operations of a training step on the pack."""
+        layers = self.layer_passes * self.layers * self.layer_flops
+        return layers + 3 * self.head_flops + self.vision_passes * self.vision_flops
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,6 @@ def predict(
         degree=degree,
     )
     exchange = exchanged * (degree - 1) / degree / device.link + (4 * network.hop if degree > 1 else 0)
-    passes = 3 if work.checkpointing else 2
     compute = exposed = 0.0
 
     def both(seconds: float, hidden: float, open_: float = 0.0) -> None:
@@ -197,18 +196,18 @@ def predict(
         compute += seconds
         exposed += max(0.0, hidden - seconds) + open_
 
-    for size, flops, count, backward in (
-        (work.layer_bytes, work.layer_flops / degree, work.layers, True),
+    for size, flops, count, passes in (
+        (work.layer_bytes, work.layer_flops / degree, work.layers, work.layer_passes),
         # Vision tower and embeddings see the whole sequence on every rank.
-        (work.vision_bytes, work.vision_flops, 1, work.vision_backward),
-        (work.head_bytes, work.head_flops / degree, 1, True),
+        (work.vision_bytes, work.vision_flops, 1, work.vision_passes),
+        (work.head_bytes, work.head_flops / degree, 1, 3),
     ):
-        open_ = exchange if size == work.layer_bytes else 0.0
+        open_ = exchange if count > 1 else 0.0
         for _ in range(count):
             both(flops / rate, network.gather(size, world, device), open_)
-            if backward:
+            if passes > 1:
                 hidden = network.gather(size, again, device) + network.gather(size, world, device)
-                both(passes * flops / rate, hidden, (passes - 1) * open_)
+                both((passes - 1) * flops / rate, hidden, (passes - 1) * open_)
     seconds = micro_batches * (compute + exposed)
     return Prediction(seconds, micro_batches * compute, micro_batches * exposed, packs * work.tokens / seconds)
 
@@ -254,8 +253,8 @@ def scaling_page(work: Work, device_name: str, recipe: str, packs: int) -> str:
             if brief_pays
             else "plain ZeRO-3 up to 1 024 devices."
         ),
-        f"- {packs} packs a step: above {packs} devices ranks run dummy packs; from {idle:,} devices on sequence "
-        "parallelism gives them work, up to a node's eight ranks a pack.",
+        f"- {packs} packs a step: from {idle:,} devices on ranks run dummy packs, and sequence parallelism gives them\n"
+        "  work, up to a node's eight ranks a pack.",
     ]
     table = "| GPUs | packs a step | ZeRO-3 s | not hidden | hpZ s | hpZ gains | tokens/s a GPU | tokens that hide |"
     rule = "| ---: " * 8 + "|"
@@ -288,16 +287,19 @@ def _gain(work: Work, device: Device, world: int, packs: int) -> float:
 
 _PAGE = """# Scaling
 
-Written by `swim estimate {recipe} --scaling`; a test says when it is stale. **Every time here is a formula's, not a
-measurement**: nothing of this size was run. The formulas are `train/scaling.py`; the bytes of collectives in them are
-equal to those counted on real engines with 2 and 4 ranks, times are not checked against anything.
+Written by `make scaling` (`swim estimate {recipe} --scaling`); a test says when it is stale.
+
+**Every time here is a formula's, not a measurement**: nothing of this size was run. The formulas are
+`train/scaling.py`. The bytes of ZeRO's collectives are equal to those counted on real engines with 2 and 4 ranks
+(`tests/train/test_estimate.py`); those of hpZ and of sequence parallelism, and all times, are checked against nothing.
+Loading is taken to be hidden; `swim data bench --recipe` measures what it costs.
 
 ## Formulas
 
 | part | formula |
 | --- | --- |
 | computation | `lengths.Cost`: 2 operations a weight and token, 4 x width a pair of tokens |
-| backward | twice the forward pass, a checkpointed layer's forward pass again; vision if gradients flow into it |
+| backward | a forward pass's worth where gradients flow, another for trained weights, another for checkpointed layers |
 | its time | operations / ({efficiency} x {tflops:.0f} TFLOP/s): an assumed share of the peak |
 | ZeRO-3, a layer | weights gathered forward and backward, gradients reduce-scattered, in every micro-batch |
 | hpZ | the backward gather stays inside the node; costs an eighth of the weights in memory |
@@ -305,7 +307,7 @@ equal to those counted on real engines with 2 and 4 ranks, times are not checked
 | gather of B bytes | max(B (k-1)/k / {link:.0f} GB/s, B (n-1)/n / {node:.0f} GB/s), k ranks a node, n nodes |
 | its latency | a ring: {hop} us a hop inside a node, {node_hop:.0f} us between nodes (assumed) |
 | overlap | a layer takes the longer of its computation and the gathers it hides |
-| data | `swim data bench --recipe` measures cores a GPU on the machine at hand; in the model loading is hidden |
+| data | cores a GPU = clips a step and GPU x core-seconds a clip / seconds a step (`data_cost.cores_per_gpu`) |
 
 {device}: {source}. Nodes of 8, eight 400 Gb/s ports each.
 
@@ -315,8 +317,8 @@ equal to those counted on real engines with 2 and 4 ranks, times are not checked
 
 ## {packs} packs a step, as in `recipes/{recipe}.yaml`
 
-A pack is one clip of {tokens:,} tokens: {work:.0f} TFLOP, {layer:.0f} MB of weights a layer. Seconds a step, by
-formula.
+A pack is one clip of {tokens:,} tokens: {work:.0f} TFLOP, {layer:.0f} MB of weights a layer.
+Seconds a step, by formula.
 
 | GPUs | ZeRO-3 | hpZ | sequence parallel | computing (ZeRO-3) | ranks without a pack | cheapest |
 | ---: | ---: | ---: | ---: | ---: | ---: | --- |

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +17,10 @@ from typer.testing import CliRunner
 
 from swim.train import stock
 from swim.train.cli import app
-from swim.train.config import ConfigError
-from swim.train.estimate import describe, estimate, meta_model, parse_gpus, walk
+from swim.train.config import ConfigError, load_config
+from swim.train.estimate import describe, estimate, meta_model, parse_gpus, scaling, walk
 from swim.train.memory import Pack, Tracer, Zero, map_bytes, model_states, parameters_of
-from swim.train.scaling import traffic
+from swim.train.scaling import DEVICES, Work, hiding_tokens, predict, traffic, ulysses_bytes
 from swim.train.system import Progress, build_system
 
 SHARED = "data.shared_prefix=true"
@@ -163,12 +164,12 @@ def test_activations_and_maps_are_those_of_a_real_step(shards, options, checkpoi
     assert bool(found.recomputed) == checkpointing
 
 
-def test_triton_keeps_maps_and_statistics_alone(shards):
-    config = tiny_config(shards.folder, SHARED)
+def test_triton_keeps_less_than_torch(shards):
+    config = tiny_config(shards.folder)
     system = build_system(config)
     pack = Pack.of(make_batch(system, shards, [0, 1]))
     torch_, triton = (
-        Tracer(meta_model(config, system.model_config), system.layers, flash=True, triton=triton)
+        Tracer(meta_model(config, system.model_config), system.layers, flash=False, triton=triton)
         .activations(pack)
         .supervision
         for triton in (False, True)
@@ -260,3 +261,33 @@ def test_the_training_program_has_a_dry_run(shards, tmp_path):
     assert done.stdout.splitlines()[-1] == "ready"
     assert not (tmp_path / "runs" / "tiny").exists(), "nothing is written into the run folder"
     assert run("--world-size=2").returncode != 0
+
+
+def test_the_scaling_page_is_current(tmp_path):
+    from benchmarks.qwen import Shape
+
+    Shape().config().save_pretrained(tmp_path)
+    config = load_config("swim_7b", [f"model.path={tmp_path}"])
+    page = scaling(config, "swim_7b")
+    assert page == (ROOT / "docs" / "scaling.md").read_text(), "stale: run make scaling"
+
+
+def test_the_cost_model_behaves():
+    parts = {"vision_flops": 3e12, "head_flops": 1e11, "layer_bytes": 466 * 10**6, "vision_bytes": 10**9}
+    shape = {"heads": 28, "kv_heads": 4, "head_dim": 128, "element": 2, "head_bytes": 2 * 10**9}
+    large = Work(14000, 28, 7e12, layer_passes=4, vision_passes=1, **parts, **shape)
+    small = replace(large, tokens=1000, layer_flops=5e11)
+    device = DEVICES["H100"]
+    for work in (large, small):
+        times = [predict(work, device, world, world).seconds for world in (8, 64, 512, 4096)]
+        assert times == sorted(times), "as many packs as ranks: more ranks only add communication"
+        assert all(
+            predict(work, device, world, world, strategy="hpz").seconds <= predict(work, device, world, world).seconds
+            for world in (8, 64, 512, 4096)
+        )
+    assert hiding_tokens(large, device, 8) < hiding_tokens(large, device, 1024)
+    assert predict(large, device, 64, 8, strategy="sequence").seconds < predict(large, device, 64, 8).seconds
+    ways = {
+        degree: ulysses_bytes(4096, heads=8, kv_heads=4, head_dim=64, element=2, degree=degree) for degree in (1, 2, 8)
+    }
+    assert ways == {1: 0, 2: 2 * 64 * 2048 * 24, 8: 2 * 64 * 512 * 32}
