@@ -371,7 +371,7 @@ def _planned(config: Config) -> tuple[Any, dict[str, tuple[int, Pack]]]:
 def _pack(system: System, order: Order, number: int, size: int) -> Pack:
     units = order.plan(0).rank_packs(number // size, number % size, size)[0] or ()
     requests = (Request(order.shards[u.dataset].read(u.clip), u.conversations) for u in units)
-    return Pack.of(system.collator(requests))
+    return Pack.of(system.collator(requests), system.model_config)
 
 
 def describe(found: Estimate) -> dict[str, Any]:

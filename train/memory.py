@@ -5,6 +5,8 @@ Activations are counted by running the text model and the vision blocks on the m
 and no data, and adding up what autograd keeps for the backward pass; attention keeps what flash attention keeps.
 """
 
+import inspect
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -16,12 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from swim.kernels.noun_attention import ClipKeys, Row, WorkTable, build_work_table
 from swim.kernels.noun_attention import _forward_op as noun_attention_op
 from swim.train.attention import MODEL_KWARG, Capture
 from swim.train.batch import Batch
 from swim.train.layout import Layout, attend
+from swim.train.preprocess import side_of
 
 _TRACED = "swim_traced"
 _ALIGNMENT = 2  # ZeRO-1 and 2 pad every parameter group to this times the number of ranks
@@ -183,14 +187,15 @@ class Pack:
     frames: tuple[int, ...] = ()  # vision patches of every temporal step of every clip
 
     @classmethod
-    def of(cls, batch: Batch) -> "Pack":
-        """Shapes of a batch."""
+    def of(cls, batch: Batch, model_config: Any) -> "Pack":
+        """Shapes of a batch of a model with this transformers config."""
         grids = batch.inputs.get("video_grid_thw")
-        if grids is None:  # pixels of whole frames, whose patches the caller does not know
-            clips = {id(clip): clip.grid for clip in batch.clips if clip is not None}.values()
-            frames = [4 * h * w for t, h, w in clips for _ in range(t)]
-        else:
+        if grids is not None:
             frames = [h * w for t, h, w in grids.tolist() for _ in range(t)]
+        else:  # whole frames of one size
+            pixels = next(tensor for name, tensor in batch.inputs.items() if name.startswith("pixel_values"))
+            side = side_of(model_config.vision_config, "patch_size")
+            frames = [pixels.shape[-2] // side * (pixels.shape[-1] // side)] * math.prod(pixels.shape[:-3])
         rows, length = batch.inputs["input_ids"].shape
         labels, columns = len(batch.labels), len(batch.label_columns)
         return cls(rows, length, batch.layout, batch.table, labels, columns, tuple(frames))
@@ -240,6 +245,7 @@ class Tracer:
         self._layers, self._flash, self._triton = layers, flash, triton
         stock = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._text, self._vision = _part(stock, "language_model"), _part(stock, "visual", "vision_tower")
+        self._projector = next((m for n, m in stock.named_modules() if n.endswith("multi_modal_projector")), None)
         self._head, self._embedding = stock.get_output_embeddings(), stock.get_input_embeddings()
         self._flags = [m for m in stock.modules() if hasattr(m, "gradient_checkpointing")]
         self.checkpointing = any(m.gradient_checkpointing for m in self._flags)
@@ -322,12 +328,22 @@ class Tracer:
             else:  # whole frames, all of one size
                 width = next(p for p in blocks[0].parameters() if p.dim() == 1).numel()
                 flows = self.checkpointing or any(p.requires_grad for p in self._vision.parameters())
-                shape, extra = (len(pack.frames), pack.frames[0], width), {}
+                masked = "attention_mask" in inspect.signature(type(blocks[0]).forward).parameters
+                shape, extra = (len(pack.frames), pack.frames[0], width), {"attention_mask": None} if masked else {}
+                side = side_of(self._vision.config, "patch_size")
+                pixels = torch.empty(patches, 3 * side**2, device="meta", dtype=dtype)
                 x = torch.empty(shape, device="meta", dtype=dtype, requires_grad=flows)
+                if flows:
+                    kept.add(pixels)
             for block in blocks:
                 x = block(x, **extra)
                 x = x[0] if isinstance(x, tuple) else x
+            if entry is None and self._projector is not None:
+                linear = next(m for m in self._projector.modules() if isinstance(m, nn.Linear))
+                x = self._projector(x.reshape(-1, linear.in_features))
             if (merger := getattr(self._vision, "merger", None)) is not None:
+                for deep in getattr(self._vision, "deepstack_merger_list", ()):
+                    deep(x)
                 x = merger(x)
         return kept.bytes, x.requires_grad
 
@@ -420,5 +436,6 @@ def _part(model: nn.Module, *names: str) -> Any:
 
 
 def _blocks(vision: nn.Module) -> list[nn.Module]:
-    lists: list[nn.Module] = [m for m in vision.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=lambda found: sum(p.numel() for p in found.parameters())).children())
+    # Not the mergers of Qwen3-VL, a list beside its blocks.
+    lists = (m for m in vision.modules() if isinstance(m, nn.ModuleList))
+    return next(list(found) for found in lists if isinstance(found[0], GradientCheckpointingLayer))
