@@ -452,6 +452,7 @@ def walk(config: Config, world: int) -> tuple[str, bool]:
     """What `world` ranks will do, without them: the model's parameters, the packs of every rank in the first epoch and
     the DeepSpeed configuration, and whether all is well."""
     problems = []
+    _model_config(config)  # its message about a hub that cannot be reached
     system = build_system(config)
     model = meta_model(config, system.model_config)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

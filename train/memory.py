@@ -133,10 +133,11 @@ def model_states(parameters: Sequence[Parameter], zero: Zero, world: int, *, ele
         small = [p for p in parameters if p.numel <= zero.persistence] if world > 1 else []
         whole = sum(p.padded(world) for p in small)
         second = element * sum(-(-p.numel // zero.hpz) for p in parameters) if zero.hpz > 1 else 0
-        gathered = min(sum(p.numel for p in parameters), max(zero.live, max(p.numel for p in parameters)))
+        large = [p.numel for p in parameters if p.numel > zero.persistence] if world > 1 else []
+        gathered = min(sum(large), max(zero.live, max(large, default=0)) + zero.prefetch)
         optimizer = 12 * own  # a master copy also of fp32 weights
         gradients = element * own
-        buffers = element * (min(zero.bucket, numel) + (gathered + zero.prefetch if world > 1 else 0))
+        buffers = element * (zero.bucket + gathered)
         update = 4 * min(own, zero.sub_group) if element != 4 else 0
         host = (optimizer + gradients if zero.offload_optimizer else 0) + (partitions * zero.offload_parameters)
         return States(
@@ -157,7 +158,7 @@ def model_states(parameters: Sequence[Parameter], zero: Zero, world: int, *, ele
         own = flat // world
         optimizer = 12 * own
     gradients = element * (own if zero.stage == 2 else numel)
-    buckets = min(zero.bucket, numel) * (1 + zero.overlap) if zero.stage else 0
+    buckets = zero.bucket * (1 + zero.overlap) if zero.stage else 0
     offload = zero.offload_optimizer and zero.stage > 0
     return States(
         weights=element * (flat + frozen),
