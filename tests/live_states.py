@@ -75,7 +75,8 @@ def moments(engine: Any) -> int:
 
 
 def main(cases: Path) -> None:
-    """For every configuration in a JSON file, write `<number>.<rank>.json`: states and collectives of step 1."""
+    """For every configuration in a JSON file, write `<number>.<rank>.json`: states in front of the third update, and
+    the collectives of each of three steps."""
     sent = count_collectives()  # before DeepSpeed looks the functions up
     world = init_world()
     for number, fields in enumerate(json.loads(cases.read_text())):
