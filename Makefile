@@ -8,7 +8,8 @@ export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: env demo demo-short test test-all test-slurm lint bench bench-report format docs kernel-resources demo-seeds energon-env clean
+.PHONY: env demo demo-short test test-all test-slurm lint bench bench-report format docs scaling kernel-resources demo-seeds
+.PHONY: energon-env clean
 
 env: $(STAMP)
 
@@ -62,6 +63,13 @@ format: env
 docs: env
 	$(BIN)/python -c "from swim.train.reference import reference; print(reference(), end='')" > docs/config.md
 	$(BIN)/swim data schema > data_tools/record.schema.json
+
+# docs/scaling.md, with the model's shape instead of its config from the hub.
+scaling: env
+	mkdir -p runs/.cache/qwen2_5_vl_7b
+	PYTHONPATH=. $(BIN)/python -c "from benchmarks.qwen import Shape; \
+		Shape().config().save_pretrained('runs/.cache/qwen2_5_vl_7b')"
+	$(BIN)/swim estimate swim_7b --scaling model.path=runs/.cache/qwen2_5_vl_7b > docs/scaling.md
 
 # What the kernels take of devices, compiled for them here: minutes on two cores. The tests compare.
 kernel-resources: env

@@ -6,9 +6,11 @@ import socket
 import subprocess
 import sys
 import traceback
+from typing import Any
 
 DEFAULT_RECIPE = "tiny_cpu"
-USAGE = "usage: deepspeed launch/train.sh [--config RECIPE] [section.key=value ...]"
+USAGE = """usage: deepspeed launch/train.sh [--config RECIPE] [section.key=value ...]
+       python -m swim.train --dry-run [--world-size N] [--config RECIPE] [section.key=value ...]"""
 
 
 def parse_arguments(arguments: list[str]) -> tuple[str, list[str]]:
@@ -36,13 +38,31 @@ def parse_arguments(arguments: list[str]) -> tuple[str, list[str]]:
     return recipe, overrides
 
 
+def take_dry_run(arguments: list[str]) -> tuple[list[str], bool, int | None]:
+    """The other arguments, whether `--dry-run` is among them, and the `--world-size` that belongs to it."""
+    rest, dry_run, size = [], False, None
+    words = iter(arguments)
+    for word in words:
+        if word == "--dry-run":
+            dry_run = True
+        elif word.split("=")[0] == "--world-size":
+            size = word.partition("=")[2] or next(words, "")
+        else:
+            rest.append(word)
+    if size is not None and not (dry_run and size.isdecimal() and int(size)):
+        raise SystemExit(f"--world-size {size}: give a number of ranks from 1, beside --dry-run\n{USAGE}")
+    return rest, dry_run, int(size) if size else None
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Parse, check and train; a mistake of the user ends in one clear message and exit code 2.
 
     With `--placement` first, print the number of processes the recipe wants on this node, a free port and the run
-    folder, and do nothing else.
+    folder, and do nothing else. With `--dry-run` walk the plan of `--world-size` ranks in this one process, and exit
+    with 0 or 1.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    arguments, dry_run, world_size = take_dry_run(arguments)
     placement = arguments[:1] == ["--placement"]
     recipe, overrides = parse_arguments(arguments[placement:])
     from swim.train.config import ConfigError, engine_file, load_config
@@ -62,6 +82,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ConfigError as error:
         raise SystemExit(_explain(error)) from None
     try:
+        if dry_run:
+            raise SystemExit(_walk(config, world_size))
         train(config)
     except Stopped as end:
         if os.environ.get("RANK", "0") == "0":
@@ -69,6 +91,15 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(EXIT_CODE) from None
     except (ConfigError, ShardError, PlanError, PoolError, CheckpointError, TrainingError, OSError) as error:
         raise SystemExit(_explain(error)) from None
+
+
+def _walk(config: Any, world_size: int | None) -> int:
+    from swim.train.estimate import walk
+
+    text, ready = walk(config, world_size or int(os.environ.get("WORLD_SIZE", config.launch.ranks or 1)))
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+    return 0 if ready else 1
 
 
 def _num_gpus() -> int:

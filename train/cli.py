@@ -1,5 +1,6 @@
-"""The `swim` command: data, train, evaluate, demo, doctor."""
+"""The `swim` command: data, estimate, train, evaluate, demo, doctor."""
 
+import contextlib
 import json
 import os
 import sys
@@ -21,10 +22,46 @@ Run = Annotated[Path, typer.Argument(help="Folder of a finished run.")]
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(context: typer.Context) -> None:
-    """Train a recipe: swim train [--config RECIPE] [section.key=value ...]; the same as `bash launch/train.sh`."""
+    """Train a recipe: swim train [--config RECIPE] [section.key=value ...]; the same as `bash launch/train.sh`.
+
+    With --dry-run [--world-size N], only walk the plan of N ranks and check the configuration; needs no GPU.
+    """
     from swim.train.demo import launch
 
+    if "--dry-run" in context.args:
+        from swim.train.__main__ import main
+
+        main(context.args)
+        return
+
     raise typer.Exit(launch(context.args))
+
+
+@app.command()
+@one_message
+def estimate(
+    recipe: Annotated[str, typer.Argument(help="Recipe: a path, or the name of a file in recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value ...")] = None,
+    gpus: Annotated[str | None, typer.Option(help="COUNTxDEVICE, as in 8xH100; default: launch.ranks CPUs.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=8, help="Tokens of a pack, if the data is not there yet.")] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GB of a device, instead of its data sheet's.")] = None,
+    scaling: Annotated[bool, typer.Option("--scaling", help="Print the page docs/scaling.md of the recipe.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Memory, traffic, steps and a verdict before a run, with ways to fit; exit with 1 if it does not. Needs no GPU."""
+    from swim.train import estimate as before
+    from swim.train.config import load_config
+
+    config = load_config(recipe, overrides or ())
+    if scaling:
+        print(before.scaling(config, Path(recipe).stem), end="")
+        return
+    size = None if memory is None else int(memory * 1e9)
+    with contextlib.redirect_stdout(sys.stderr):  # what counting tokens says
+        found = before.estimate(config, gpus, tokens=tokens, ranks=config.launch.ranks or 1, memory=size)
+    print(json.dumps(before.describe(found), indent=2) if as_json else before.report(found))
+    if found.fits is False:
+        raise typer.Exit(1)
 
 
 @data_app.command()

@@ -310,7 +310,7 @@ class ParallelConfig(Section):
 
     sequence: int = Field(1, gt=0)
     """Consecutive ranks that hold one micro-batch together, each a part of its tokens, for long videos
-    (docs/scaling.md); divides the number of ranks and that of attention heads."""
+    (docs/sequence.md); divides the number of ranks and that of attention heads."""
 
 
 class LaunchConfig(Section):
