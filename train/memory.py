@@ -403,11 +403,11 @@ class _TracedCapture(Capture):
     def flat(self) -> dict[int, Tensor]:
         return self._maps
 
-    def observe(self, layer: int, q_BHLD: Tensor, k_BKLD: Tensor, scale: float) -> None:
+    def observe(self, layer: int, q_BHLD: Tensor, k_BKLD: Tensor, scale: float, *, num_kv_heads: int) -> None:
         if self.triton:
             self._maps[layer] = noun_attention_op(q_BHLD, k_BKLD, self.table.tensors, self.table.sizes, scale)[0]
         else:
-            super().observe(layer, q_BHLD, k_BKLD, scale)
+            super().observe(layer, q_BHLD, k_BKLD, scale, num_kv_heads=num_kv_heads)
 
 
 def _traced_attention(
@@ -416,7 +416,7 @@ def _traced_attention(
     capture: _TracedCapture = kwargs.pop(MODEL_KWARG)
     layer: Any = module.layer_idx
     if layer in capture.layers:
-        capture.observe(layer, query, key, query.shape[-1] ** -0.5)
+        capture.observe(layer, query, key, query.shape[-1] ** -0.5, num_kv_heads=key.shape[1])
     base = _varlen if capture.flash else AttentionInterface()["sdpa"]
     kwargs.pop("is_causal", None)
     layout, cache = capture.layout, capture.layout_cache
