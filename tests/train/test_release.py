@@ -103,7 +103,7 @@ def test_the_recipe_is_the_releases_formula_with_its_epsilons_at_zero(monkeypatc
     def model(**inputs):
         for layer in range(28):
             if layer in inputs[MODEL_KWARG].layers:
-                inputs[MODEL_KWARG].observe(layer, torch.tensor(layer), torch.zeros(()), 1.0)
+                inputs[MODEL_KWARG].observe(layer, torch.tensor(layer), torch.zeros(()), 1.0, num_kv_heads=1)
         return SimpleNamespace(logits=logits)
 
     batch = SimpleNamespace(

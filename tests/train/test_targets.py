@@ -517,12 +517,3 @@ def test_a_clip_of_a_shape_that_no_model_takes_is_a_hole(tmp_path):
     assert [hole.id for hole in batch.holes] == ["thin#0"]
     assert "404x2 pixels has an aspect ratio beyond 200" in batch.holes[0].reason
     assert batch.ids == []
-
-
-def test_earlier_holes_are_kept(tmp_path):
-    write(tmp_path, "clip", MASKS, *QUESTIONS)
-    collator = collator_for(tmp_path)
-    damaged(tmp_path, "clip", {"mp4": b""})
-    first = collator(everything(ShardSet(tmp_path)))
-    assert len(first.holes) == 2
-    assert collator([], first.holes).holes == first.holes
