@@ -180,3 +180,7 @@ def enable_checkpointing(model: PreTrainedModel, *, reentrant: bool = False) -> 
     # transformers 5.23 renamed the method and deprecates the old name; 5.17 knows only the old one.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+    if not reentrant:
+        # Only reentrant recomputation needs inputs that require a gradient. They would have it passed back through a
+        # frozen vision tower, for nothing.
+        model.disable_input_require_grads()

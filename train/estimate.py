@@ -167,7 +167,7 @@ def _estimate(model: Model, setup: Setup, device: str | None, memory: int | None
         packs[name] = int(tokens * setup.share), held, int(map_bytes(pack.table, model.layers) * setup.share)
     largest = max(held.peak for _, held, _ in packs.values())
     flows = tracer.vision_flows(next(iter(model.packs.values()))[1])
-    embedding = config.model.checkpointing or any(p.trained for p in parameters if p.part in ("embedding", "vision"))
+    embedding = any(p.trained for p in parameters if p.part in ("embedding", "vision"))
     sent = traffic(
         parameters,
         zero,

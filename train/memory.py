@@ -328,7 +328,7 @@ class Tracer:
                 extra: dict[str, Any] = {"cu_seqlens": ends, "position_embeddings": (rope[0], rope[1])}
             else:  # whole frames, all of one size
                 width = next(p for p in blocks[0].parameters() if p.dim() == 1).numel()
-                flows = self.checkpointing or any(p.requires_grad for p in self._vision.parameters())
+                flows = any(p.requires_grad for p in self._vision.parameters())
                 masked = "attention_mask" in inspect.signature(type(blocks[0]).forward).parameters
                 shape, extra = (len(pack.frames), pack.frames[0], width), {"attention_mask": None} if masked else {}
                 side = side_of(self._vision.config, "patch_size")

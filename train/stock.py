@@ -44,11 +44,12 @@ def build_stock_model(source: ModelConfig, config: Any, *, seed: int) -> nn.Modu
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
     register_capture(model)
-    if source.checkpointing:
-        enable_checkpointing(model)
+    base = model
     if source.lora is not None:
         torch.manual_seed(seed)  # the adapters' first values, the same on every rank
         model = add_lora(model, source.lora)
+    if source.checkpointing:
+        enable_checkpointing(base)  # behind peft, which would have inputs require gradients
     for pattern in source.freeze:
         matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
         if not matched:

@@ -178,6 +178,22 @@ def test_the_mask_loss_alone_reaches_every_supervised_layer(shards, checkpointin
     assert system.after_backward() == {}, "measured once, reported once"
 
 
+def test_nothing_is_passed_back_through_a_frozen_tower_and_what_is_trained_has_the_same_gradients(shards):
+    frozen = ("model.freeze=['visual', 'embed_tokens']", "system.gradient_every=0")
+    found = {}
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        system, model = build(shards, *frozen, f"model.checkpointing={checkpointing}")
+        outputs = []
+        model.model.visual.register_forward_hook(lambda *call, to=outputs: to.append(call[-1].pooler_output))
+        loss = system.loss(model, make_batch(system, shards, [0, 1]), PROGRESS)
+        sum(term.sum for term in loss.values()).backward()
+        assert [output.requires_grad for output in outputs] == [False]
+        found[checkpointing] = gradients(model)
+    assert largest_difference(found[False], found[True]) < 1e-6
+    assert max(float(gradient.abs().max()) for gradient in found[True].values()) > 1e-3
+
+
 def test_reentrant_checkpointing_is_an_error_not_a_silent_zero(shards):
     system, model = build(shards)
     enable_checkpointing(model, reentrant=True)
