@@ -83,7 +83,7 @@ def main(cases: Path) -> None:
         config = parse_config(fields, source="test")
         system = build_system(config)
         order = Order(config, system, writes=False)
-        engine = build_engine(config, system, order.micro_batches(world.size), world)
+        engine = build_engine(config, system, order.micro_batches(world.size), world, None)
         steps, found = [], {}
         loader = Loader(order, system.collator, rank=world.rank, size=world.size)
         for batches in loader.steps(0, 3):

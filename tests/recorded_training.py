@@ -1,13 +1,13 @@
 """A run of the real training loop, in one process a rank, that writes down every batch it is about to train on."""
 
 import os
-import socket
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 from swim.train import loop
+from swim.train.__main__ import free_port
 from swim.train.config import Config
 from swim.train.replay import batch_tensors
 
@@ -18,9 +18,7 @@ def train_recorded(config: Config, out: Path, *, ranks: int, kill_in_step: int |
     All die in step `kill_in_step`, behind the batch and before the update.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["recorded_training"])
     arguments = (ranks, port, config, out, kill_in_step)

@@ -27,7 +27,7 @@ def train_on_ranks(rank: int, size: int, port: int, configs: Sequence[Config], o
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), MASTER_PORT=str(port))
     world = init_world()
     World.close = World.barrier  # type: ignore[method-assign]  # the next run is in the same world
-    loop.init_world = lambda: world
+    loop.init_world = lambda *_: world
     for config in configs:
         try:
             with recorded(out / f"{config.run.name}.pt"):

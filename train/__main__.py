@@ -1,6 +1,8 @@
 """The training program: `python -m swim.train [--config RECIPE] [section.key=value ...]`, started once per rank."""
 
+import contextlib
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -71,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
         config = load_config(recipe, overrides)
         if placement:
             engine_file(config)
-            print(config.launch.ranks or _num_gpus(), _free_port(), config.run.folder)
+            print(config.launch.ranks or _num_gpus(), free_port(), config.run.folder)
             return
         from swim.data_tools.mixture import PlanError
         from swim.data_tools.pool import PoolError
@@ -111,10 +113,14 @@ def _num_gpus() -> int:
     return max(1, len(listed.stdout.splitlines())) if listed else 1
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A port of this machine that nobody listens on, and that no outgoing connection is given before it is used."""
+    for _ in range(100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = random.randrange(10000, 32768)  # below what Linux gives to connections
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port from 10000 to 32767 in 100 attempts; set MASTER_PORT")
 
 
 def _explain(error: Exception) -> int:

@@ -3,7 +3,6 @@ can go on from it."""
 
 import json
 import shutil
-import socket
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -14,6 +13,7 @@ from checkpoint_ranks import STATE, build_small, join, save_on_ranks, train_smal
 from faults import CREATING, Disk, Killed
 
 from swim.train import checkpoint, loop
+from swim.train.__main__ import free_port
 from swim.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint, verify
 from swim.train.config import load_config
 from swim.train.guard import Guard
@@ -22,9 +22,7 @@ from swim.train.world import World
 
 @pytest.fixture(scope="module")
 def world():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
             patch.delenv(name, raising=False)
@@ -38,9 +36,7 @@ def world():
 def two_ranks(tmp_path_factory) -> Path:
     """Checkpoints that two ranks have written."""
     out = tmp_path_factory.mktemp("two_ranks")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     torch.multiprocessing.spawn(save_on_ranks, (2, port, out), nprocs=2)
     return out
 

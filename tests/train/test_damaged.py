@@ -36,8 +36,8 @@ KINDS = {
     "bad_record": (90, r"unknown key 'turnz'; did you mean 'turns'"),
     "bad_rle": (100, r"masks\..*\[0\]: (the runs sum to|the RLE string ends|character)"),
     "bomb": (20, r"masks\..*\[0\]: .*(outside 1 to|characters of RLE|the limit)"),
-    "endless": (15, r"took longer than 1 s \(data\.deadline_s\), twice"),
-    "crash": (25, r"ended with SIGSEGV, twice"),
+    "endless": (15, r"took longer than 1 s \(data\.deadline_s\)(, twice)?$"),
+    "crash": (25, r"ended with SIGSEGV(, twice)?$"),
 }
 
 

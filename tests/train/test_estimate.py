@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import weakref
@@ -19,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from swim.train import stock
+from swim.train.__main__ import free_port
 from swim.train.cli import app
 from swim.train.config import ConfigError, load_config
 from swim.train.estimate import describe, estimate, meta_model, parse_gpus, scaling, walk
@@ -50,9 +50,7 @@ def engine_json(folder: Path, name: str, **zero: object) -> str:
 def live(folder: Path, configs: list, world: int) -> list[list[dict]]:
     """For every configuration and rank, what tests/live_states.py finds."""
     (folder / "cases.json").write_text(json.dumps([config.model_dump(mode="json") for config in configs]))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     ranks = [
         subprocess.Popen(

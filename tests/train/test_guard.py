@@ -3,7 +3,6 @@ or ends as the recipe says."""
 
 import json
 import math
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from processes import ROOT, TINY, environment, metrics
 from tiny import make_data
 
 from swim.data_tools.shards import ShardSet
+from swim.train.__main__ import free_port
 from swim.train.config import GuardConfig, load_config
 from swim.train.guard import Guard
 from swim.train.loader import Order
@@ -29,9 +29,7 @@ def clips(tmp_path_factory) -> Path:
 
 def train(faults: dict, clips: Path, cwd: Path, *overrides: str, ranks: int = 1) -> tuple[list[int], str]:
     """Exit codes of all ranks of a run with faults, and the output of the first."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     options = [*TINY, f"data.train=[{clips}]", "run.name=run", "data.packs_per_step=2", *overrides]
     processes = [
         subprocess.Popen(

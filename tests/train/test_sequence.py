@@ -3,7 +3,6 @@
 import json
 import math
 import multiprocessing
-import socket
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from tiny import family_config, gradients, largest_difference, make_data, tiny_c
 from swim.data_tools.records import Conversation, Record, Turn
 from swim.data_tools.shards import ShardWriter
 from swim.kernels.noun_attention import build_work_table
+from swim.train.__main__ import free_port
 from swim.train.attention import Capture
 from swim.train.config import Config, ConfigError, load_config
 from swim.train.families import FAMILIES
@@ -100,9 +100,7 @@ def config(data: Path, out: Path, name: str, base: str, *overrides: str) -> Conf
 def start(size: int, configs: list[Config], out: Path) -> None:
     # One process imports everything, and is then copied. (Python 3.11 looks for these on PYTHONPATH, not on sys.path.)
     multiprocessing.set_forkserver_preload(["swim.train.loop", "swim.train.systems.swim.model"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     arguments = (size, port, configs, out)
     torch.multiprocessing.start_processes(train_on_ranks, arguments, nprocs=size, start_method="forkserver")
 
