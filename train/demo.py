@@ -42,7 +42,10 @@ class DemoError(RuntimeError):
 def launch(arguments: Sequence[str], log: Path | None = None) -> int:
     """Run launch/train.sh with `arguments`; output goes to `log` if given. Returns the exit code."""
     command = ["bash", str(LAUNCHER), *arguments]
-    environment = {**os.environ, "SWIM_PYTHON": sys.executable}  # the environment this command runs in
+    # The Python that runs this command; but a job of its own, whatever job the command itself is part of.
+    place = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in place}
+    environment |= {"SWIM_PYTHON": sys.executable}
     if log is None:
         return subprocess.run(command, env=environment).returncode
     log.parent.mkdir(parents=True, exist_ok=True)

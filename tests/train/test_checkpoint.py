@@ -25,7 +25,8 @@ def world():
     port = free_port()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
-            patch.delenv(name, raising=False)
+            patch.setenv(name, "")  # noted, so that it is taken back, whatever joining a world leaves there
+            patch.delenv(name)
         patch.setattr(checkpoint, "stock_description", lambda _: {})
         joined = join(0, 1, port)
         yield joined
