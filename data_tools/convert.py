@@ -32,7 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from swim.data_tools.files import sync
+from swim.data_tools.files import write_whole
 from swim.data_tools.records import (
     MAX_JSON_BYTES,
     Conversation,
@@ -320,10 +320,7 @@ def _locked(out: Path, number: int) -> Iterator[None]:
 def _write(path: Path, text: str) -> None:
     for left in path.parent.glob(f".{path.name}.*.partial"):  # by a process that was killed, as its lock was free
         left.unlink(missing_ok=True)
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    hidden.write_text(text)
-    sync(hidden)
-    os.replace(hidden, path)
+    write_whole(path, text)
 
 
 def _make_all(run: _Run, shards: list[_Shard], jobs: int) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,12 @@ def written_whole(path: Path, *, synced: bool = False) -> Iterator[Path]:
         hidden.unlink(missing_ok=True)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is there whole, and on disk, or not at all."""
+    with written_whole(path, synced=True) as hidden:
+        hidden.write_text(text)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)

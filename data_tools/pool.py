@@ -37,6 +37,8 @@ _FORK, _KILL, _REAP, _TASK, _BEGIN, _RESULT = b"f", b"k", b"e", b"t", b"b", b"r"
 # Sent to all processes of a job: the trainer saves, its workers end with it.
 _TRAINER_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
+_WAITS = (0.5, 2.0, 8.0)  # seconds between attempts at a process
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -346,7 +348,7 @@ def _breed(channel: socket.socket, work: Work[Any, Any]) -> None:
 
 def _fork_patiently(main: Callable[[], None], not_theirs: socket.socket) -> int:
     """As `_fork`, with some patience for a machine that is full; then the number of the error, negative."""
-    for wait in (0.5, 2.0, 8.0, None):
+    for wait in (*_WAITS, None):
         try:
             return _fork(main, not_theirs)
         except OSError as error:

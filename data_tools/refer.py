@@ -8,7 +8,6 @@ on. Against leakage it measures how much of the answer the new prompt holds.
 import fcntl
 import itertools
 import json
-import os
 import re
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ from swim.data_tools.expressions import (
     Subject,
     Writer,
 )
-from swim.data_tools.files import sync
+from swim.data_tools.files import write_whole
 from swim.data_tools.nouns import content_words
 from swim.data_tools.records import Conversation, Mention, Record, RecordError, Turn
 from swim.data_tools.shards import BadSample, Sample, ShardError, ShardSet, ShardWriter
@@ -380,7 +379,7 @@ def _write_shard(shards: ShardSet, out: Path, number: int, found: Iterator[Outco
                 mark["skipped"].append({"key": outcome.key, "reason": str(error)})
             advance()
     mark["shards"] = shard_writer.names
-    _write(out / DONE_FOLDER / f"{number:06d}.json", json.dumps(mark))
+    write_whole(out / DONE_FOLDER / f"{number:06d}.json", json.dumps(mark))
     return mark
 
 
@@ -405,7 +404,7 @@ def _prepare(out: Path, about: dict[str, Any]) -> None:
     elif next(out.glob("*.tar"), None) is not None:
         raise ShardError(f"{out}: holds shards that 'refer' did not write; write to an empty folder")
     (out / DONE_FOLDER).mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(about, indent=1) + "\n")
+    write_whole(path, json.dumps(about, indent=1) + "\n")
 
 
 @contextmanager
@@ -427,19 +426,11 @@ def _finished(out: Path, number: int) -> dict[str, Any] | None:
     return mark if mark and all((out / name).is_file() for name in mark["shards"]) else None
 
 
-def _write(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    hidden = path.with_name(f".{path.name}.partial")
-    hidden.write_text(text)
-    sync(hidden)
-    os.replace(hidden, path)
-
-
 def _report(out: Path, marks: Sequence[dict[str, Any]]) -> Summary:
     summary = summarise(marks)
     for name, what in ((REPORT_FILE, "report"), (SKIPPED_FILE, "skipped")):
-        _write(out / name, "".join(json.dumps(line) + "\n" for mark in marks for line in mark[what]))
-    _write(out / SUMMARY_FILE, json.dumps(vars(summary), indent=1) + "\n")
+        write_whole(out / name, "".join(json.dumps(line) + "\n" for mark in marks for line in mark[what]))
+    write_whole(out / SUMMARY_FILE, json.dumps(vars(summary), indent=1) + "\n")
     return summary
 
 

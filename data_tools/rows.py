@@ -63,15 +63,6 @@ def stream_rows(path: Path) -> Iterator[tuple[int, bytes, Any]]:
         yield from _lines(path, file) if path.suffix == ".jsonl" else _Array(path, file)
 
 
-def read_row(file: BinaryIO, start: int, size: int) -> Any:
-    """JSON value of the `size` bytes from `start` on; ValueError if they are not JSON."""
-    file.seek(start)
-    try:
-        return json.loads(file.read(size))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
 def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, bytes, Any]]:
     start = 0
     while line := file.readline(MAX_JSON_BYTES + 1):

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import fsspec
 from fsspec.callbacks import Callback
 
-from swim.data_tools.files import locked
+from swim.data_tools.files import locked, write_whole
 from swim.data_tools.index import ShardError
 
 MAX_OPEN_FILES = 128
@@ -264,9 +264,7 @@ def write_manifest(folder: Path) -> Path:
     for path in sorted([*folder.glob("[!.]*.tar"), *folder.glob("[!.]*.index.jsonl")]):
         index = path if path.suffix == ".jsonl" else path.with_suffix(".index.jsonl")
         files[path.name] = hashlib.sha256(index.read_bytes()).hexdigest() if index.is_file() else ""
-    hidden = folder / f".{MANIFEST}.{os.getpid()}.partial"
-    hidden.write_text(json.dumps({"version": 1, "files": files}, indent=1) + "\n")
-    os.replace(hidden, folder / MANIFEST)
+    write_whole(folder / MANIFEST, json.dumps({"version": 1, "files": files}, indent=1) + "\n")
     return folder / MANIFEST
 
 

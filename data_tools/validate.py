@@ -3,7 +3,6 @@
 import functools
 import json
 import multiprocessing
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +24,7 @@ from swim.data_tools.checks import (
     check_video,
     measure_tubes,
 )
+from swim.data_tools.files import written_whole
 from swim.data_tools.lookalike import near_pairs
 from swim.data_tools.loose import LINE
 from swim.data_tools.records import Record, RecordError, parse_fields, problems
@@ -365,24 +365,17 @@ def summarise(results: Iterable[Result], file: TextIO | None = None) -> Report:
 
 def write_report(path: Path, results: Iterable[Result], folders: Mapping[str, Sequence[ShardSet]]) -> Report:
     """Write results as JSON, whole or not at all, one finding a line; `folders` are the sets by what they were for."""
-    hidden = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with hidden.open("w") as file:
-            file.write('{"findings": [')
-            summary = summarise(results, file)
-            about = {
-                "version": REPORT_VERSION,
-                **{use: [{"path": str(s.folder), "digest": s.digest} for s in sets] for use, sets in folders.items()},
-                "samples": summary.samples,
-                "masks": dict(summary.masks),
-                "errors": summary.errors,
-                "warnings": summary.warnings,
-                "kinds": {
-                    kind: {"level": KINDS[kind].level, "findings": count} for kind, count in summary.counts.items()
-                },
-            }
-            file.write("\n]," + json.dumps(about)[1:] + "\n")
-        os.replace(hidden, path)
-    finally:
-        hidden.unlink(missing_ok=True)
+    with written_whole(path) as hidden, hidden.open("w") as file:
+        file.write('{"findings": [')
+        summary = summarise(results, file)
+        about = {
+            "version": REPORT_VERSION,
+            **{use: [{"path": str(s.folder), "digest": s.digest} for s in sets] for use, sets in folders.items()},
+            "samples": summary.samples,
+            "masks": dict(summary.masks),
+            "errors": summary.errors,
+            "warnings": summary.warnings,
+            "kinds": {kind: {"level": KINDS[kind].level, "findings": count} for kind, count in summary.counts.items()},
+        }
+        file.write("\n]," + json.dumps(about)[1:] + "\n")
     return summary

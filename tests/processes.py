@@ -91,3 +91,15 @@ def run(
 def metrics(folder: Path) -> list[Mapping[str, Any]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def num_steps(folder: Path) -> int:
+    """Steps that a run has logged so far."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """What two equal runs log alike: all but times and memory."""
+    timed = ("step_s", "tokens_per_s", "data_wait", "peak_memory_mib")
+    return [{name: value for name, value in line.items() if name not in timed} for line in metrics(folder)]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from swim.data_tools.files import write_whole
 from swim.train.batch import Batch
 from swim.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from swim.train.config import Config
@@ -28,7 +29,7 @@ from swim.train.engine import build_engine, nothing_applied
 from swim.train.guard import Guard, Refusal
 from swim.train.heartbeat import Heartbeat
 from swim.train.loader import Loader, Order
-from swim.train.metrics import PARTS_FILE, Metrics, append_jsonl, drop_after, peak_memory_mib, read_jsonl, write_whole
+from swim.train.metrics import PARTS_FILE, Metrics, append_jsonl, drop_after, peak_memory_mib, read_jsonl
 from swim.train.prepare import build_loader, build_order, prepare_run
 from swim.train.sequence import agreed
 from swim.train.stop import Stopped, StopSwitch

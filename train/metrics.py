@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from swim.data_tools.files import written_whole
+from swim.data_tools.files import write_whole
 
 PARTS_FILE = "parts.jsonl"  # a line for every start of a run
 PLAIN_EVERY_S = 10.0
@@ -23,7 +23,7 @@ class Metrics:
     """Appends one JSON line per logged step and shows progress; only the main rank makes one that writes."""
 
     def __init__(self, path: Path | None, *, start: int, steps: int) -> None:
-        self._file = path.open("a", buffering=1) if path else None
+        self._path = path
         self._console = Console()
         self._start, self._steps, self._began, self._said = start, steps, time.perf_counter(), 0.0
         self._progress: Progress | None = None
@@ -41,12 +41,10 @@ class Metrics:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Note step `step` (from 1)."""
-        if self._file is None:
+        if self._path is None:
             return
         try:
-            self._file.write(
-                json.dumps({"step": step} | {name: _short(value) for name, value in values.items()}) + "\n"
-            )
+            append_jsonl(self._path, [{"step": step, **{name: _short(value) for name, value in values.items()}}])
         except OSError as error:  # a full disk, which the next checkpoint may outlive
             self._console.print(f"step {step} is missing in metrics.jsonl: {error}", markup=False)
         shown = [name for name in values if name.startswith("loss/")]
@@ -69,8 +67,6 @@ class Metrics:
     def __exit__(self, *_: object) -> None:
         if self._progress:
             self._progress.stop()
-        if self._file:
-            self._file.close()
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -86,12 +82,6 @@ def append_jsonl(path: Path, lines: list[dict[str, Any]]) -> None:
     if lines:
         with path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there completely or not at all."""
-    with written_whole(path, synced=True) as hidden:
-        hidden.write_text(text)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

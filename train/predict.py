@@ -10,11 +10,12 @@ import torch
 import yaml
 from rich.progress import track
 
+from swim.data_tools.files import write_whole
 from swim.data_tools.mixture import DataSet, PlanOptions
 from swim.data_tools.plan import make_plan
 from swim.data_tools.shards import BadSample, ShardSet
 from swim.train.config import Config, parse_config
-from swim.train.metrics import append_jsonl, write_whole
+from swim.train.metrics import append_jsonl
 from swim.train.system import Request, build_system
 
 

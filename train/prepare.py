@@ -11,12 +11,11 @@ from typing import Any
 
 import yaml
 
-from swim.data_tools.files import locked
+from swim.data_tools.files import locked, write_whole
 from swim.data_tools.synth import synthesise
 from swim.train import heartbeat
 from swim.train.config import Config, ConfigError, SynthConfig, parse_config
 from swim.train.loader import Loader, Order
-from swim.train.metrics import write_whole
 from swim.train.system import System
 from swim.train.world import World
 

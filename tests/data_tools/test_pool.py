@@ -2,8 +2,10 @@
 its reason, and no other; nothing outlives the trainer."""
 
 import ctypes
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from swim.data_tools import pool as pool_module
 from swim.data_tools.pool import ALL, Attempt, Pool, PoolError
 
 
@@ -228,6 +231,41 @@ def test_many_tasks_leave_no_descriptors_memory_or_processes():
         assert used()[1] < memory + 8, "300 MiB went through"
     assert used()[0] == before
     assert children() == family
+
+
+def test_workers_keep_no_connection_of_the_trainer():
+    """A worker that cannot be killed must not keep the port on which the next start listens."""
+
+    def connections(task, attempt):  # noqa: ARG001
+        paths = list(Path("/proc/self/fd").iterdir())  # the folder itself is closed again
+        return sum(os.readlink(path).startswith("socket:") for path in paths if path.is_symlink())
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        with Pool(connections, workers=1, deadline_s=5) as pool:
+            assert list(pool.map([(0,)], ahead=1)) == [1], "its channel"
+        with socket.create_connection(server.getsockname()):
+            pass
+
+
+@pytest.mark.parametrize(("failures", "works"), [(2, True), (10, False)])
+def test_a_machine_full_of_processes_is_waited_for_and_then_named(monkeypatch, failures, works):
+    fork, calls = pool_module._fork, []
+
+    def full(*arguments):
+        calls.append(0)
+        if 1 < len(calls) <= 1 + failures:  # the first is the parent of the workers
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return fork(*arguments)
+
+    monkeypatch.setattr(pool_module, "_fork", full)
+    monkeypatch.setattr(pool_module, "_WAITS", (0, 0, 0))
+    with Pool(doubled, workers=1, deadline_s=5) as pool:
+        results = pool.map([(1,)], ahead=1)
+        if works:
+            assert list(results) == [([2], {})]
+        else:
+            with pytest.raises(PoolError, match=r"Resource temporarily unavailable; lower data\.workers"):
+                next(results)
 
 
 def test_leaving_early_ends_the_workers():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from loose_files import write_loose
-from processes import LAUNCHER, ROOT, TINY, environment, metrics, run
+from processes import LAUNCHER, ROOT, TINY, curve, environment, num_steps, run
 from tiny import make_data
 
 from swim.data_tools.shards import ShardSet
@@ -90,16 +90,6 @@ def wait_until(what: Callable[[], object], log: Path, *, seconds: float = 180) -
         if time.monotonic() > deadline:
             raise AssertionError(log.read_text()[-4000:] if log.exists() else "the job never began")
         time.sleep(0.1)
-
-
-def num_steps(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def curve(folder: Path) -> list[dict]:
-    timed = ("step_s", "tokens_per_s", "data_wait", "peak_memory_mib")
-    return [{name: value for name, value in line.items() if name not in timed} for line in metrics(folder)]
 
 
 def test_a_job_at_its_time_limit_saves_is_requeued_and_ends_with_the_same_curve(options, undisturbed, tmp_path):

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from processes import LAUNCHER, TINY, finish, kill, metrics, run, start
+from processes import LAUNCHER, TINY, curve, finish, kill, num_steps, run, start
 from tiny import make_data
 
-from swim.train.heartbeat import Beat, diagnose, read_beats
+from swim.train.heartbeat import Beat, Heartbeat, diagnose, read_beats
+from swim.train.metrics import Metrics
 from swim.train.prepare import lock_folder
+from swim.train.stop import Stopped
 
 STEPS = 25
 
@@ -40,16 +42,6 @@ def wait_until(what: Callable[[], object], process: subprocess.Popen, *, seconds
         assert process.poll() is None, finish(process)[1][-3000:]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def num_steps(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def curve(folder: Path) -> list[dict]:
-    timed = ("step_s", "tokens_per_s", "data_wait", "peak_memory_mib")
-    return [{name: value for name, value in line.items() if name not in timed} for line in metrics(folder)]
 
 
 def test_time_a_file_and_usr1_stop_a_run_that_then_goes_on_bit_for_bit(options, undisturbed, tmp_path):
@@ -171,6 +163,29 @@ def test_a_rank_ends_though_its_files_hang_and_when_another_one_has_failed(tmp_p
     expected = 86 if case == "stuck file system" else 1
     assert process.returncode == expected, output
     assert "rank 0:" in output
+
+
+@pytest.mark.parametrize(("error", "marked"), [(ValueError, True), (Stopped, False)])
+def test_a_rank_that_fails_leaves_a_mark_and_one_that_was_stopped_none(tmp_path, error, marked):
+    heartbeat = Heartbeat(tmp_path, 1, 2, limit_s=9, start_limit_s=9)
+
+    def train() -> None:
+        with heartbeat:
+            heartbeat.phase("forward", 3)
+            raise error("x")
+
+    with pytest.raises(error):
+        train()
+    assert (tmp_path / "ranks" / "failed.json").exists() == marked
+    (beat,) = read_beats(tmp_path)
+    assert (beat.rank, beat.step, beat.phase) == (1, 3, f"end by {error.__name__}")
+
+
+def test_a_full_disk_costs_lines_of_the_log_and_not_the_run(capsys):
+    names = ("loss/total", "lr", "tokens_per_s", "data_wait", "peak_memory_mib", "holes")
+    with Metrics(Path("/dev/full"), start=0, steps=2) as log:
+        log.log(1, dict.fromkeys(names, 0.0))
+    assert "step 1 is missing in metrics.jsonl" in capsys.readouterr().out
 
 
 def test_beats_tell_silent_slow_and_ended_ranks_apart(tmp_path):
