@@ -1,5 +1,6 @@
 """Real runs of launch/train.sh for tests: a hard time limit, the end of the output when something fails, no orphans."""
 
+import contextlib
 import json
 import os
 import signal
@@ -58,8 +59,9 @@ def finish(process: subprocess.Popen[str], *, timeout_s: float = 180) -> tuple[i
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to every process of the group, as a dying node would."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """SIGKILL to every process of the group, as a dying node would; none need be left of it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def rank_processes(name: str) -> dict[int, int]:
