@@ -7,6 +7,7 @@ prompt would steal the label.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,7 @@ class Noun:
     text: str
     object_ids: tuple[str, ...]
     tokens: tuple[int, ...]
+    kind: str = "noun"
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,13 @@ class Encoded:
 
 
 class ConversationEncoder:
-    """Turns a conversation into tokens with labels and noun rows; holds tokenizer and rendered template shapes."""
+    """Turns a conversation into tokens with labels and rows of the mentions of `kinds`; holds tokenizer and rendered
+    template shapes."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, family: Family) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, family: Family, kinds: Collection[str] = ("noun",)) -> None:
         if not tokenizer.is_fast:
             raise ValueError("the tokenizer has no offset mapping (it is not a fast one); load it with use_fast=True")
-        self.tokenizer, self.family = tokenizer, family
+        self.tokenizer, self.family, self.kinds = tokenizer, family, tuple(kinds)
         self._control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._control_ids = frozenset(tokenizer.added_tokens_decoder)
         self._shapes: dict[tuple[Any, ...], str] = {}
@@ -91,7 +94,7 @@ class ConversationEncoder:
                 answer_end += answer_end < len(ids) and self._is_control(ids[answer_end])
                 labels[answer_start:answer_end] = ids[answer_start:answer_end]
             for mention in turn.mentions:
-                if mention.kind == "noun" and mention.object_ids:
+                if mention.kind in self.kinds and mention.object_ids:
                     tokens = tokens_of(start + mention.head[0], start + mention.head[1])
                     head = turn.text[slice(*mention.head)]
                     if not len(tokens):
@@ -102,7 +105,7 @@ class ConversationEncoder:
                     else:
                         objects = tuple(mention.object_ids)
                         places = tuple(moved[tokens].tolist())
-                        nouns.append(Noun(0, number, mention.start, mention.end, head, objects, places))
+                        nouns.append(Noun(0, number, mention.start, mention.end, head, objects, places, mention.kind))
         end = int(widths.sum())
         return Encoded(
             ids=ids.repeat(widths),

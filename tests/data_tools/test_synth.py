@@ -112,6 +112,51 @@ def test_hidden_objects_are_away_at_one_end(tmp_path: Path) -> None:
     assert all(None not in frames.values() for i in range(8) for frames in never.read(i).masks.values())
 
 
+def test_hard_clips_have_what_makes_them_hard(tmp_path: Path) -> None:
+    """Scores must not saturate: distractors, occlusion, a camera that moves, late objects, 3 to 8 of them."""
+    shards = synthesise(tmp_path / "hard", clips=24, seed=3, hard=True)
+    counts, hidden, late, panned = set(), 0, 0, 0
+    for i in range(len(shards)):
+        sample = shards.read(i)
+        names = list(_names(sample).values())
+        counts.add(len(names))
+        assert len(set(names)) == len(names), "a name is one object's"
+        assert any(c == d or s == t for (c, s), (d, t) in itertools.combinations(names, 2)), "there is a distractor"
+        frames = decode_frames(sample.media(), range(8)).astype(int)
+        assert [read_barcode(frame) for frame in frames] == list(range(8))
+        post = [np.nonzero(np.median(np.abs(frame[8:] - 50).max(axis=2), axis=0) < 20)[0] for frame in frames]
+        assert all(8 <= len(columns) <= 24 for columns in post), "a post stands in front"
+        panned += post[0][0] != post[-1][0]
+        for of_object in sample.masks.values():
+            masks = [None if rle is None else decode_mask(rle) for rle in of_object.values()]
+            late += any(mask is None for mask in masks)
+            for mask, columns in zip(masks, post):
+                assert mask is None or not mask[:, columns[1:-1]].any(), "nothing is seen through the post"
+            areas = [mask.sum() for mask in masks if mask is not None]
+            hidden += bool(areas) and min(areas) < 0.6 * max(areas)
+        for talk in sample.record.conversations:
+            noun, *rest = talk.turns[0].mentions
+            assert noun.kind == "noun"
+            assert all(mention.kind == "attribute" for mention in rest)
+            asked = talk.turns[0].text[noun.start : noun.end].split()
+            assert len(rest) == len(asked) - 1, "colour words are mentions of their own"
+            assert all(talk.turns[0].text[m.start : m.end] == asked[0] for m in rest)
+            assert all(sum(map(bool, sample.masks[name].values())) > 1 for name in noun.object_ids), "it can be seen"
+            if talk.task == "colour":
+                assert [shape for _, shape in names].count(asked[0]) == 1, "one answer is right"
+    assert counts >= {3, 8}
+    assert min(hidden, late) > 20
+    assert panned > 8
+
+
+def test_a_share_of_the_clips_is_annotated(tmp_path: Path) -> None:
+    for share in (0.125, 0.5):
+        some = synthesise(tmp_path / str(share), clips=16, seed=1, size=56, frames=2, annotated=share)
+        whole = [i for i in range(16) if some.read(i).masks]
+        assert len(whole) == 16 * share
+        assert max(whole) > 7, "spread over the clips"
+
+
 @pytest.mark.parametrize("size", [56, 112, 224])
 def test_the_barcode_survives_at_every_size(tmp_path: Path, size: int) -> None:
     shards = synthesise(tmp_path, clips=1, seed=size, size=size, frames=20, objects=6)

@@ -20,6 +20,8 @@ class Config(Section):
 
     layers: list[int] | str
     """Supervised decoder layers: a 0-based list, `even:N` (evenly spaced, ending at the last), `last:N` or `all`."""
+    words: list[Literal["noun", "attribute"]] = Field(["noun"], min_length=1)
+    """Kinds of mentions that are supervised; the method's are nouns, with attributes for comparison."""
     softmax_scope: Literal["frame", "clip", "causal", "full"] = "frame"
     """Keys that share one softmax: a temporal step's (the paper's), the clip's, the row's causal ones, or all."""
     row_offset: Literal[-1, 0] = 0

@@ -6,7 +6,7 @@ here. The template is in evaluation/inspect.html.jinja. One clip is in memory at
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,7 +172,10 @@ def inspect_clip(shards: ShardSet, key: str, system: SwimSystem, wanted: tuple[i
             for (at, turn, start, end, ids), places in tokens.items()
             if at == number
         }
-        turns = [(t.role, list(_pieces(i, t, owned, colours, labels))) for i, t in enumerate(conversation.turns)]
+        turns = [
+            (t.role, list(_pieces(i, t, owned, colours, labels, system.options.words)))
+            for i, t in enumerate(conversation.turns)
+        ]
         counts = int((one.types == 0).sum()), int((one.labels != IGNORE).sum())
         talks.append(Talk(name, conversation.task, *counts, turns))
     objects = [(thing.id, thing.label, *_annotation(sample, thing.id)) for thing in sample.record.objects]
@@ -228,6 +231,7 @@ def _pieces(
     owned: dict[tuple[int, int, int, tuple[str, ...]], list[str]],
     colours: dict[tuple[str, ...], str],
     labels: dict[str, str],
+    words: Collection[str],
 ) -> Iterator[Piece]:
     """The turn's text, cut where heads of mentions start and end, as these may overlap."""
     cuts = sorted({0, len(turn.text), *(at for mention in turn.mentions for at in mention.head)})
@@ -242,7 +246,7 @@ def _pieces(
                 colour = colours[ids]
                 notes.append(f"tokens {found} → {named}")
             else:
-                blind = mention.kind == "noun" and ids
+                blind = mention.kind in words and ids
                 why = "stands before the clip and sees none of it" if blind else "not supervised"
                 notes.append(f"{mention.kind} → {named}, {why}")
         yield Piece(turn.text[start:end], "; ".join(notes), colour)

@@ -1,6 +1,7 @@
 """SWIM as a system: a stock video LLM, the capture attention function, the objective and its predictions."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,17 @@ MAX_ANSWER_TOKENS = 64
 
 
 class SwimSystem:
-    """Builds the model and its batches, turns batches into loss terms and samples into predictions."""
+    """Builds the model and its batches, turns batches into loss terms and samples into predictions, which have maps of
+    the mentions of the kinds `looked_at`, whichever were supervised."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, looked_at: Collection[str] = ("noun",)) -> None:
         self.config = config
         self.options = SwimConfig.model_validate({k: v for k, v in config.system.items() if k != "name"})
         self.tokenizer, self.model_config = tokenizer_and_config(config.model)
         check_sequence(config.parallel.sequence, self.model_config)
         self.layers = resolve_layers(self.options.layers, self.model_config.get_text_config().num_hidden_layers)
-        encoder = ConversationEncoder(self.tokenizer, family_of(self.model_config, self.tokenizer))
+        family = family_of(self.model_config, self.tokenizer)
+        encoder = ConversationEncoder(self.tokenizer, family, self.options.words)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
         options = BatchOptions(
             pad_token=pad,
@@ -47,7 +50,8 @@ class SwimSystem:
         self.collator = SwimCollator(encoder, config.data, options, self.options)
         # A noun has one map when it is looked at, however many terms it has in training; and no losses are computed.
         whole = self.options.model_copy(update={"subtokens": "mean", "mask_side": "grid"})
-        self._predicting = SwimCollator(encoder, config.data, options, whole)
+        looking = ConversationEncoder(self.tokenizer, family, looked_at)
+        self._predicting = SwimCollator(looking, config.data, options, whole)
         self._captures: list[Capture] = []
         self._group: ProcessGroup | None = None
 
@@ -104,7 +108,7 @@ class SwimSystem:
     @torch.no_grad()
     def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:
         """Free answer and teacher-forced noun maps per conversation, in the form `swim.evaluation` reads."""
-        conversations, holes = self.collator.encode(request)
+        conversations, holes = self._predicting.encode(request)
         failed = [{"id": hole.id, "clip": request.sample.key, "error": hole.reason} for hole in holes]
         if not conversations:
             return failed
@@ -138,6 +142,7 @@ class SwimSystem:
         assert clip is not None
         return {
             "text": noun.text,
+            "kind": noun.kind,
             "turn": noun.turn,
             "start": noun.start,
             "end": noun.end,
