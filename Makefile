@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: env demo demo-short test test-all test-slurm lint bench bench-report format docs scaling kernel-resources demo-seeds
-.PHONY: energon-env clean
+.PHONY: energon-env ablations ablations-ci clean
 
 env: $(STAMP)
 
@@ -86,6 +86,13 @@ energon-env: env
 	$(VENV)/energon/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(VENV)/energon/bin/pip install --quiet --disable-pip-version-check -r tests/energon_requirements.txt
 	$(VENV)/energon/bin/pip install --quiet --disable-pip-version-check --no-deps megatron-energon==7.4.1
+
+# docs/ablations.md: 103 runs of the tiny recipe, about 75 seconds of one core each. The preset checks the path.
+ablations: env
+	PYTHONPATH=. $(BIN)/python benchmarks/ablations.py
+
+ablations-ci: env
+	PYTHONPATH=. $(BIN)/python benchmarks/ablations.py --preset ci --out runs/ablations-ci
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

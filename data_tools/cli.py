@@ -68,9 +68,11 @@ def synth(
     fps: Annotated[float, typer.Option(help="Frames per second.")] = 8,
     objects: Annotated[int, typer.Option(help="Shapes per clip.")] = 3,
     hidden: Annotated[float, typer.Option(help="Share of the shapes that are away for a part of the clip.")] = 0.1,
+    hard: Annotated[bool, typer.Option("--hard", help="3 to 8 shapes with distractors, occlusion, a pan.")] = False,
 ) -> None:
     """Render moving shapes with exact masks and questions about them."""
-    shards = synthesise(out, clips=clips, seed=seed, size=size, frames=frames, fps=fps, objects=objects, hidden=hidden)
+    sizes = {"size": size, "frames": frames, "objects": objects}
+    shards = synthesise(out, clips=clips, seed=seed, fps=fps, hidden=hidden, hard=hard, **sizes)
     print(f"{len(shards)} clips in {out}, digest {shards.digest[:12]}")
 
 
