@@ -2,8 +2,7 @@
 
     python examples/own_videos.py mine
 
-writes mine/train.jsonl, mine/held_out.jsonl and their videos. A line is `{"video": ..., "source": ..., "license": ...,
-"objects": [...], "masks": {object: {frame: RLE or null}}, "conversations": [...]}` (docs/data.md); here they are rendered.
+writes mine/train.jsonl, mine/held_out.jsonl and their videos, here rendered ones. What a line holds: docs/data.md.
 """
 
 import json

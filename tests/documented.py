@@ -43,8 +43,7 @@ def run(step: Step, folder: Path, timeout_s: float = 300) -> str:
         ["bash", "-c", script],
         cwd=folder,
         env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=timeout_s,
     )
