@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import GenerationConfig
 
+from swim.evaluation.alignment import mean_metrics, noun_metrics
 from swim.train.attention import MODEL_KWARG, Capture, shard_text_model
 from swim.train.batch import Batch, BatchOptions
 from swim.train.config import Config
@@ -47,7 +48,7 @@ class SwimSystem:
         self.collator = SwimCollator(encoder, config.data, options, self.options)
         # A noun has one map when it is looked at, however many terms it has in training; and no losses are computed.
         whole = self.options.model_copy(update={"subtokens": "mean", "mask_side": "grid"})
-        self._predicting = SwimCollator(encoder, config.data, options, whole)
+        self.probe_collator = SwimCollator(encoder, config.data, options, whole)
         self._captures: list[Capture] = []
         self._group: ProcessGroup | None = None
 
@@ -102,6 +103,23 @@ class SwimSystem:
         }
 
     @torch.no_grad()
+    def probe(self, model: nn.Module, batch: Batch) -> dict[str, dict[str, float]]:
+        """Alignment of the noun maps of every conversation, mean over its nouns with a mask."""
+        assert isinstance(batch, SwimBatch)
+        rows: dict[str, list[dict[str, float]]] = {}
+        for noun, flat, coverage in zip(batch.nouns, self._maps(model, batch), batch.coverages):
+            clip = batch.clips[noun.conversation]
+            assert clip is not None
+            if (row := noun_metrics(flat.view(clip.grid).cpu().numpy(), coverage)) is not None:
+                rows.setdefault(batch.ids[noun.conversation], []).append(row)
+        return {name: mean for name, of_nouns in rows.items() if (mean := mean_metrics(of_nouns)) is not None}
+
+    def _maps(self, model: nn.Module, batch: SwimBatch) -> list[Tensor]:
+        capture = Capture(batch.table, self.layers, layout=batch.layout, detach=True, group=self._group)
+        model(**batch.inputs, use_cache=False, logits_to_keep=1, **{MODEL_KWARG: capture})
+        return noun_maps(capture.maps(), batch)
+
+    @torch.no_grad()
     def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:
         """Free answer and teacher-forced noun maps per conversation, in the form `swim.evaluation` reads."""
         conversations, holes = self.collator.encode(request)
@@ -109,10 +127,8 @@ class SwimSystem:
         if not conversations:
             return failed
         device = next(model.parameters()).device
-        batch = self._predicting.assemble(conversations, [request.sample.masks] * len(conversations)).to(device)
-        capture = Capture(batch.table, self.layers, layout=batch.layout, detach=True)
-        model(**batch.inputs, use_cache=False, logits_to_keep=1, **{MODEL_KWARG: capture})
-        maps = noun_maps(capture.maps(), batch)
+        batch = self.probe_collator.assemble(conversations, [request.sample.masks] * len(conversations)).to(device)
+        maps = self._maps(model, batch)
         answers = self._answers(model, conversations)
         predictions = []
         for number, name in enumerate(batch.ids):
