@@ -25,12 +25,14 @@ class OwnTime:
         self._cuda, self._seconds = device.type == "cuda", 0.0
         self._events: list[tuple[Any, Any]] = []
         self._began: Any = None
-        self._handles = [
-            handle
-            for module in model.modules()
-            if isinstance(module, nn.Linear)
-            for handle in (module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._end))
-        ]
+        self._linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+        self._handles: list[Any] = []
+        self.open()
+
+    def open(self) -> None:
+        """Put the clocks on."""
+        for module in self._linear:
+            self._handles += [module.register_forward_pre_hook(self._begin), module.register_forward_hook(self._end)]
 
     def take(self) -> float:
         """The seconds since the last call."""
@@ -45,6 +47,7 @@ class OwnTime:
         """Take the clocks away."""
         for handle in self._handles:
             handle.remove()
+        self._handles.clear()
 
     def _begin(self, *_: object) -> None:
         self._began = self._now()

@@ -24,11 +24,11 @@ class Watch:
         self._flops = StepFlops(engine.module, system.model_config)
         self._peak = peak_flops(world.device, config.model.dtype)
         self._sources, self._skew = Sources(), Skew(world.rank, world.size)
-        self._own = OwnTime(engine.module, world.device)
+        self.own = OwnTime(engine.module, world.device)
 
     def before(self, batches: Sequence[Batch]) -> dict[str, float]:
         """For the sum over ranks before the forward pass, from batches that are still in main memory."""
-        self._own.take()  # what a probe took is no part of this step
+        self.own.take()  # what a probe took is no part of this step
         flops = sum(self._flops.of(batch) for batch in batches) / self._shared
         return {"flops": flops, **self._sources.announce(batches)}
 
@@ -38,7 +38,7 @@ class Watch:
 
     def after(self, batches: Sequence[Batch], losses: Sequence[Mapping[str, Term]], waited: float) -> dict[str, float]:
         """For the sum over ranks behind the backward pass; `waited` are this rank's seconds for its loader."""
-        return self._sources.slots(batches, losses) | self._skew.slots(waited + self._own.take())
+        return self._sources.slots(batches, losses) | self._skew.slots(waited + self.own.take())
 
     def numbers(self, sums: Mapping[str, float], step_s: float) -> dict[str, float]:
         """What to log of a step of `step_s` seconds; mfu is NaN where no peak is known."""

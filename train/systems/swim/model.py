@@ -107,10 +107,10 @@ class SwimSystem:
         """Alignment of the noun maps of every conversation, mean over its nouns with a mask."""
         assert isinstance(batch, SwimBatch)
         rows: dict[str, list[dict[str, float]]] = {}
-        for noun, flat, coverage in zip(batch.nouns, self._maps(model, batch), batch.coverages):
+        for number, (noun, flat) in enumerate(zip(batch.nouns, self._maps(model, batch))):
             clip = batch.clips[noun.conversation]
             assert clip is not None
-            if (row := noun_metrics(flat.view(clip.grid).cpu().numpy(), coverage)) is not None:
+            if (row := noun_metrics(flat.view(clip.grid).cpu().numpy(), _coverage(batch, number))) is not None:
                 rows.setdefault(batch.ids[noun.conversation], []).append(row)
         return {name: mean for name, of_nouns in rows.items() if (mean := mean_metrics(of_nouns)) is not None}
 
@@ -161,7 +161,7 @@ class SwimSystem:
             "grid": list(clip.grid),
             "frames": clip.frames,
             "map": flat.view(clip.grid).tolist(),
-            "coverage": [None if c is None else np.round(c, 6).tolist() for c in batch.coverages[number]],
+            "coverage": [None if c is None else c.tolist() for c in _coverage(batch, number)],
         }
 
     def _answers(self, model: Any, conversations: Conversations) -> list[str]:
@@ -188,6 +188,11 @@ class SwimSystem:
             ),
         )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)]
+
+
+def _coverage(batch: SwimBatch, number: int) -> list[np.ndarray | None]:
+    """Coverage of every step for noun `number`, without the rounding errors that would count as a touch of the mask."""
+    return [None if c is None else np.round(c, 6) for c in batch.coverages[number]]
 
 
 def build(config: Config) -> SwimSystem:
