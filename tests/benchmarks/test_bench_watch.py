@@ -29,7 +29,7 @@ from swim.train.watch import Watch
 from swim.train.world import init_world
 
 pytestmark = pytest.mark.bench
-ROUNDS, SEEDS, WARM_UP = 60, 3, 6
+ROUNDS, SEEDS, WARM_UP = 40, 3, 5
 
 
 def bare_step(run: Run, batches, progress: Progress) -> None:
