@@ -154,6 +154,35 @@ def test_own_time_is_that_inside_linear_layers_and_no_other():
     assert own.take() == 0
 
 
+def test_own_time_on_a_gpu_is_read_from_events_when_the_step_is_over(monkeypatch):
+    """The events are stand-ins: no GPU is needed, and none is tested."""
+
+    class Event:
+        clock = 0.0
+        waited = 0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            Event.clock += 3.0
+            self.at = Event.clock
+
+        def elapsed_time(self, later: "Event") -> float:
+            assert Event.waited, "events are read behind a synchronisation"
+            return later.at - self.at
+
+        def synchronize(self) -> None:
+            Event.waited += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+    own = OwnTime(model, torch.device("cuda"))
+    model(torch.zeros(1, 2))
+    assert own.take() == pytest.approx(2 * 3e-3)
+    assert (own.take(), Event.waited) == (0, 1)
+
+
 def test_the_slowest_rank_is_named_in_the_log_and_by_the_doctor(tmp_path):
     ranks = [Skew(rank, 4) for rank in range(4)]
     slots = [rank.slots(seconds) for rank, seconds in zip(ranks, (1.0, 1.1, 3.0, 0.9))]
