@@ -82,7 +82,7 @@ class Skew:
         """What to log of a step of `step_s` seconds: time/rank_* over ranks, time/step_* over the last WINDOW steps."""
         self._lengths.append(step_s)
         own = np.array([totals[f"own/{rank}"] for rank in range(self._size)])
-        found = {"time/slowest_rank": float(own.argmax())}
+        found = {"time/slowest_rank": float(own.argmax())} if self._size > 1 else {}
         for name, values in (("rank", own), ("step", np.array(self._lengths))):
             p50, p95 = np.percentile(values, (50, 95))
             found |= {f"time/{name}_p50": float(p50), f"time/{name}_p95": float(p95)}
