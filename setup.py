@@ -60,8 +60,11 @@ setup(
         # With CPU torch only torchcodec 0.12 and 0.13 load; it needs FFmpeg's libraries, e.g. Debian's ffmpeg.
         "decode": ["torchcodec>=0.12", "decord>=0.6", "numba>=0.60"],
         "peft": ["peft>=0.15"],
+        "track": ["tensorboard>=2.18", "wandb>=0.19"],
         "dev": [
             "peft>=0.15",
+            "tensorboard>=2.18",
+            "wandb>=0.19",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

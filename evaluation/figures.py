@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ ARM_COLOURS = ("#2a8fd0", "#d55e00")  # told apart with any colour vision
 # The lowest third of inferno is darker than the frame below it, so that more attention would look like less.
 HEAT = colormaps["inferno"](np.linspace(0.33, 1, 256))
 SMOOTHED_SHARE = 0.03
+MOST_SOURCES = 8
 
 
 class Line(NamedTuple):
@@ -139,30 +141,12 @@ def _heat(values: np.ndarray, norm: PowerNorm) -> np.ndarray:
 
 
 def curves_png(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes | None:
-    """PNG of text loss and mask loss of all arms and the mask loss's own gradient at q and k of the last arm, by layer.
+    """PNG of text loss, mask loss and the probe's pointing and mass of all arms, and of the last arm the text loss by
+    source and the mask loss's own gradient at q and k, by layer.
 
     Rows have `step` and any of the keys of metrics.jsonl; a panel without data is left out, None if all are.
     """
-    panels = {}
-    for key, title in (("loss/text", "text loss"), ("loss/mask", "mask loss")):
-        # Of two equal curves, the wide one is seen below the other.
-        styles = zip(ARM_COLOURS, (2.6, 1.3))
-        panels[title] = [
-            Line(name, _points(rows, key), *style) for (name, rows), style in zip(logs.items(), [*styles][-len(logs) :])
-        ]
-    name, last = list(logs.items())[-1]
-    for side, where in (("q", "queries"), ("k", "keys")):
-        layers = sorted(
-            {int(found[1]) for key in set().union(*last) if (found := re.match(f"mask_grad/{side}([0-9]+)$", key))}
-        )
-        shades = colormaps["viridis"](np.linspace(0.15, 0.8, len(layers)))
-        panels[f"gradient norm of the mask loss at the {where}, {_short(name)}"] = [
-            Line(f"layer {layer}", _points(last, f"mask_grad/{side}{layer}"), shade, 1.3)
-            for layer, shade in zip(layers, shades)
-        ]
-    panels = {
-        title: shown for title, lines in panels.items() if (shown := [line for line in lines if line.points.size])
-    }
+    panels = {title: shown for title, lines in _panels(logs) if (shown := [line for line in lines if line.points.size])}
     if not panels:
         return None
     rows = -(-len(panels) // 2)
@@ -173,6 +157,55 @@ def curves_png(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes | Non
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     return to_png(figure)
+
+
+def _panels(logs: Mapping[str, Sequence[Mapping[str, float]]]) -> Iterator[tuple[str, list[Line]]]:
+    """Title and lines of every panel, without points where nothing was logged."""
+    common = (
+        ("loss/text", "text loss"),
+        ("loss/mask", "mask loss"),
+        ("probe/pointing", "pointing on the probe set"),
+        ("probe/mass", "attention mass on the probe set"),
+    )
+    for key, title in common:
+        # Of two equal curves, the wide one is seen below the other.
+        styles = [*zip(ARM_COLOURS, (2.6, 1.3))][-len(logs) :]
+        yield title, [Line(name, _points(rows, key), *style) for (name, rows), style in zip(logs.items(), styles)]
+    name, last = list(logs.items())[-1]
+    name, keys = _short(name), set().union(*last)
+    sources = _sources(last)
+    shown = sources[:MOST_SOURCES] if len(sources) > 1 else []  # that of a single one is the text loss
+    largest = f", the {len(shown)} largest of {len(sources)}" if len(sources) > len(shown) else ""
+    yield (
+        f"text loss by source, {name}{largest}",
+        [
+            Line(source, _points(last, f"loss/text/{source}"), shade, 1.3)
+            for source, shade in zip(shown, _shades(shown))
+        ],
+    )
+    for side, where in (("q", "queries"), ("k", "keys")):
+        layers = sorted({int(found[1]) for key in keys if (found := re.match(f"mask_grad/{side}([0-9]+)$", key))})
+        yield (
+            f"gradient norm of the mask loss at the {where}, {name}",
+            [
+                Line(f"layer {layer}", _points(last, f"mask_grad/{side}{layer}"), shade, 1.3)
+                for layer, shade in zip(layers, _shades(layers))
+            ],
+        )
+
+
+def _sources(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """Names of the sources of records, those with most answer tokens first."""
+    counts: defaultdict[str, float] = defaultdict(float)
+    for row in rows:
+        for key, value in row.items():
+            if key.startswith("count/text/"):
+                counts[key.removeprefix("count/text/")] += value or 0
+    return sorted(counts, key=lambda name: (-counts[name], name))
+
+
+def _shades(items: Sequence[object]) -> np.ndarray:
+    return colormaps["viridis"](np.linspace(0.15, 0.8, len(items)))
 
 
 def _draw_curves(axes: Axes, title: str, lines: Sequence[Line]) -> None:

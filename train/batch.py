@@ -52,13 +52,16 @@ class Batch:
     label_rows: Tensor  # (A,) batch row of each answer token
     label_slots: Tensor  # (A,) place in label_columns of the column that predicts it
     labels: Tensor  # (A,) the answer tokens
+    label_conversations: Tensor  # (A,) whose they are
     table: WorkTable
     nouns: list[Noun]
     clips: list[Clip | None]  # per conversation
     ids: list[str]  # per conversation, KEY#conversation
     num_tokens: int  # without padding; a shared prefix counts once
+    num_pairs: int  # of a token and one that it attends to, itself included
     counts: dict[str, float]
     holes: list[Hole] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)  # per conversation, that of its record
 
     def to(self, device: torch.device | str) -> Self:
         """The batch with every tensor on `device`."""
@@ -165,8 +168,10 @@ def make_batch(
         clips=[clip and replace(clip, pixels=torch.empty(0)) for clip in clips],
         ids=[name for name, _, _ in conversations],
         num_tokens=layout.num_tokens,
+        num_pairs=layout.num_pairs,
         counts={"text": float(len(labels["labels"])), "blind_nouns": float(_num_blind(encoded, clips))},
         holes=list(holes),
+        sources=[],
     )
 
 
@@ -247,17 +252,18 @@ def _labels(encoded: Sequence[Encoded], places: Sequence[_Place]) -> dict[str, T
     """Answer tokens with the row and column that predict them."""
     # Logits are taken only where a label is predicted: with a vocabulary of 152 000 they are a step's largest tensor.
     found = [
-        (place.row, place.column(int(token) - 1), e.labels[token])
-        for e, place in zip(encoded, places)
+        (place.row, place.column(int(token) - 1), e.labels[token], number)
+        for number, (e, place) in enumerate(zip(encoded, places))
         for token in np.nonzero(e.labels != IGNORE)[0]
     ]
-    rows, predicting, labels = np.array(found, dtype=np.int64).reshape(-1, 3).T
+    rows, predicting, labels, conversations = np.array(found, dtype=np.int64).reshape(-1, 4).T
     columns, slots = np.unique(predicting, return_inverse=True)
     return {
         "label_columns": torch.from_numpy(columns) if len(columns) else torch.zeros(1, dtype=torch.int64),
         "label_rows": torch.from_numpy(rows.copy()),
         "label_slots": torch.from_numpy(slots.reshape(-1)),
         "labels": torch.from_numpy(labels.copy()),
+        "label_conversations": torch.from_numpy(conversations.copy()),
     }
 
 

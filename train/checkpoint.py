@@ -12,7 +12,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields
 from itertools import chain
@@ -46,7 +46,7 @@ def save_checkpoint(
     state: PlanState,
     world: World,
     *,
-    guard: Sequence[float] = (),
+    guard: Mapping[str, Any] | None = None,
     score: float | None = None,
     keep: int | None = None,
     config: Mapping[str, Any] | None = None,
@@ -79,7 +79,7 @@ def save_checkpoint(
                 "step": step,
                 "world": world.size,
                 "plan": asdict(state),
-                "guard": list(guard),
+                "guard": dict(guard or {}),
                 "score": score if score is not None and math.isfinite(score) else None,
                 "versions": versions(),
                 "stock": stock_description(engine.module),
@@ -107,7 +107,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(_named(folder), default=None)
 
 
-def load_checkpoint(engine: Any, path: Path, world: World) -> tuple[PlanState, list[float]]:
+def load_checkpoint(engine: Any, path: Path, world: World) -> tuple[PlanState, dict[str, Any]]:
     """Verify `path`, written by any number of ranks, and load it into the engine; position in the order, and what the
     guard remembers.
 
@@ -130,7 +130,8 @@ def load_checkpoint(engine: Any, path: Path, world: World) -> tuple[PlanState, l
                 "model.freeze and model.lora of that run"
             )
     _restore_random_state(path, manifest, world)
-    return PlanState(**manifest["plan"]), manifest["guard"]
+    guard = manifest["guard"]  # a list of losses, before it held more than those
+    return PlanState(**manifest["plan"]), guard if isinstance(guard, dict) else {"losses": guard}
 
 
 def verify(path: Path, world: World | None = None) -> dict[str, Any]:

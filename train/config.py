@@ -313,6 +313,52 @@ class ParallelConfig(Section):
     (docs/sequence.md); divides the number of ranks and that of attention heads."""
 
 
+class WandbConfig(Section):
+    """A run on Weights & Biases; a resumed run goes on in the same one."""
+
+    project: str
+    """Project."""
+    entity: str | None = None
+    """User or team; null: the default of the account."""
+    mode: Literal["online", "offline", "disabled"] = "online"
+    """`offline` writes into the run folder, to be sent by `wandb sync`."""
+
+
+class LogConfig(Section):
+    """Where the numbers of a run go beside metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Write events into the run folder's tensorboard/ (needs the `track` extra)."""
+    wandb: WandbConfig | None = None
+    """Send to Weights & Biases (needs the `track` extra)."""
+    curves: bool = True
+    """Draw training_curves.png in the run folder, at saves a minute or more apart and at the end."""
+
+
+class ProbeConfig(Section):
+    """Held-out clips on which attention is compared with masks during training, as `swim evaluate` does behind it."""
+
+    data: str
+    """Folder of shards or of JSONL files, a JSONL file, or the URL of such."""
+    every: int = Field(100, gt=0)
+    """Steps between probes."""
+    clips: int = Field(16, gt=0)
+    """Clips, the same ones in every run."""
+
+
+class ProfileConfig(Section):
+    """Steps that are recorded by torch.profiler into the run folder's profile/."""
+
+    start: int = Field(gt=0)
+    """First of these steps, from 1."""
+    steps: int = Field(3, gt=0)
+    """How many; a trace of one step of a large model has hundreds of megabytes."""
+    ranks: list[int] = [0]
+    """Ranks that are recorded."""
+    memory: bool = False
+    """Record allocations too; on CUDA also a snapshot for pytorch.org/memory_viz."""
+
+
 class LaunchConfig(Section):
     """How the run is started."""
 
@@ -330,6 +376,11 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig(sequence=1)
     launch: LaunchConfig = LaunchConfig(ranks=None)
     guard: GuardConfig = GuardConfig.model_validate({})
+    log: LogConfig = LogConfig.model_validate({})
+    probe: ProbeConfig | None = None
+    """Alignment on held-out clips during training; null: none."""
+    profile: ProfileConfig | None = None
+    """Steps to be profiled; null: none."""
     deepspeed: str = "zero3_cpu"
     """A file of ds_configs/ by name, or a path to a DeepSpeed JSON file."""
     system: dict[str, Any]

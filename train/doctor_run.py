@@ -23,7 +23,8 @@ def check_run(folder: Path, *, now: float | None = None) -> list[Finding]:
     now = time.time() if now is None else now
     checkpoints = sorted(p.name for p in (folder / "checkpoints").glob("step_*") if _CHECKPOINT.fullmatch(p.name))
     newest = f"{checkpoints[-1]}, {len(checkpoints)} kept" if checkpoints else "none yet"
-    found = [_progress(folder), Finding("checkpoint", newest)]
+    steps = _steps(folder)
+    found = [_progress(steps), *_slow(steps), Finding("checkpoint", newest)]
     for name in ("quarantine", "refused"):
         found += _lines(folder / f"{name}.jsonl", name)
     dumps = [path.name for kind in ("stacks_*", "collectives_*") for path in sorted((folder / FOLDER).glob(kind))]
@@ -55,10 +56,14 @@ def _ranks(folder: Path, now: float) -> Finding:
     return Finding("run", text)
 
 
-def _progress(folder: Path) -> Finding:
+def _steps(folder: Path) -> list[dict]:
+    """The last lines of metrics.jsonl."""
     path = folder / "metrics.jsonl"
     lines = [_parsed(line) for line in path.read_text().splitlines()[-_LAST:]] if path.exists() else []
-    steps = [line for line in lines if "step_s" in line]
+    return [line for line in lines if "step_s" in line]
+
+
+def _progress(steps: list[dict]) -> Finding:
     if not steps:
         return Finding("steps", "none yet")
     median = statistics.median(line["step_s"] for line in steps)
@@ -66,6 +71,18 @@ def _progress(folder: Path) -> Finding:
     last = steps[-1]
     text = f"{last.get('step')}, loss {last.get('loss/total', float('nan')):.4g}, median of the last {len(steps)}: "
     return Finding("steps", f"{text}{median:.3g} s a step, {wait:.0%} of it waiting for data")
+
+
+def _slow(steps: list[dict]) -> list[Finding]:
+    """The rank that is the slowest most often, and by how much; ranks that are alike take turns."""
+    steps = [line for line in steps if "time/slowest_rank" in line]
+    if not steps:
+        return []
+    (rank, times), *_ = Counter(int(line["time/slowest_rank"]) for line in steps).most_common(1)
+    own = [line for line in steps if line["time/slowest_rank"] == rank]
+    factor = statistics.median(line["time/rank_max"] / max(line["time/rank_p50"], 1e-9) for line in own)
+    text = f"rank {rank} was the slowest in {times} of the last {len(steps)} steps, {factor:.2f} x the median rank's"
+    return [Finding("ranks", f"{text} own time")]
 
 
 def _lines(path: Path, name: str) -> list[Finding]:

@@ -8,7 +8,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from swim.train.config import GuardConfig
 
@@ -23,17 +23,22 @@ class Refusal(NamedTuple):
 
 
 class Guard:
-    """Judges losses; `state` is what a resumed run needs to judge alike."""
+    """Judges losses; `state` holds the arguments with which a resumed run judges alike."""
 
-    def __init__(self, config: GuardConfig, state: Sequence[float] = ()) -> None:
+    def __init__(self, config: GuardConfig, losses: Sequence[float] = (), refused: int = 0) -> None:
         self.config = config
-        self.refused = 0  # steps in a row
-        self._window: deque[float] = deque(state, maxlen=config.spike_window)
+        self.refused = refused  # steps in a row
+        self._window: deque[float] = deque(losses, maxlen=config.spike_window)
 
     @property
-    def state(self) -> list[float]:
+    def losses(self) -> list[float]:
         """The losses that the next one is compared with, oldest first."""
         return list(self._window)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Keyword arguments of a guard that goes on from here."""
+        return {"losses": self.losses, "refused": self.refused}
 
     def verdict(self, loss: float) -> Refusal | None:
         """Why the step of this loss must not change the weights; None if it may."""

@@ -32,6 +32,12 @@ class Layout:
         return sum(sum(pieces) for row in self.rows for pieces in row)
 
     @property
+    def num_pairs(self) -> int:
+        """Pairs of a token and one that it attends to, itself included."""
+        whole = [pieces for row in self.rows for pieces in row]
+        return sum(n * (n + 1) // 2 for pieces in whole for n in pieces) + sum(p * sum(rest) for p, *rest in whole)
+
+    @property
     def is_padded(self) -> bool:
         """Whether every row is one plain sequence, so that a padding mask says it all."""
         return all(len(row) == 1 and len(row[0]) == 1 for row in self.rows)

@@ -92,7 +92,7 @@ class Cost:
         self.linear = 2.0 * layers * (width**2 * (2 + 2 * grouped) + 3 * width * text.intermediate_size)
         self.pair = 4.0 * layers * width
         layers = _first(vision, "depth", "num_hidden_layers")
-        width = _first(vision, "embed_dim", "hidden_size")  # Qwen2-VL calls the text model's width hidden_size
+        width = vision_width(vision)
         inner = getattr(vision, "intermediate_size", None) or int(width * getattr(vision, "mlp_ratio", 4))
         self.patch = 2.0 * layers * (4 * width**2 + 2 * width * inner)
         self.patch_pair = 4.0 * layers * width
@@ -104,6 +104,11 @@ class Cost:
         """Cost of the vision pass of a clip with token grid (T, h, w)."""
         patches = self._square or grid[1] * grid[2] * self._merge**2
         return grid[0] * patches * (self.patch + patches * self.patch_pair)
+
+
+def vision_width(vision: Any) -> int:
+    """Width of the vision tower of this part of a config; Qwen2-VL calls the text model's width hidden_size."""
+    return _first(vision, "embed_dim", "hidden_size")
 
 
 def _first(config: Any, *names: str) -> int:

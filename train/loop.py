@@ -8,12 +8,10 @@ ranks.
 import gc
 import json
 import math
-import re
 import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,20 @@ from swim.data_tools.files import write_whole
 from swim.train.batch import Batch
 from swim.train.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from swim.train.config import Config
+from swim.train.curves import Curves
 from swim.train.engine import build_engine, nothing_applied
 from swim.train.guard import Guard, Refusal
 from swim.train.heartbeat import Heartbeat
+from swim.train.journal import QUARANTINE, REFUSED, too_many_bad, write_lines
 from swim.train.loader import Loader, Order
-from swim.train.metrics import PARTS_FILE, Metrics, append_jsonl, drop_after, peak_memory_mib, read_jsonl
+from swim.train.metrics import METRICS_FILE, PARTS_FILE, Metrics, append_jsonl, drop_after, peak_memory_mib, read_jsonl
 from swim.train.prepare import build_loader, build_order, prepare_run
+from swim.train.probe import Probe
+from swim.train.profiler import Profiler
 from swim.train.sequence import agreed
 from swim.train.stop import Stopped, StopSwitch
 from swim.train.system import Progress, System, Term, build_system
+from swim.train.watch import Watch
 from swim.train.weights import save_model
 from swim.train.world import World, init_world
 
@@ -58,6 +61,7 @@ class Run:
     guard: Guard
     stop: StopSwitch
     heartbeat: Heartbeat
+    watch: Watch
     failed_saves: int = 0  # in a row
 
 
@@ -83,15 +87,20 @@ def train(config: Config) -> Path:
         system = build_system(config)
         order = build_order(config, system, world)
         # Before the engine: workers are copies of this process, and would keep a second copy of what it changes.
-        with build_loader(config, system, order, world) as loader:
+        with build_loader(config, system, order, world) as loader, ExitStack() as stack:
+            probe = None
+            if config.probe is not None:
+                probe = stack.enter_context(Probe(config.probe, config, system, world, group, heartbeat))
             num_readers = world.size // config.parallel.sequence
             engine = build_engine(config, system, order.micro_batches(num_readers), world, group)
-            _train(Run(config, world, group, system, order, engine, Guard(limits), stop, heartbeat), loader)
+            watch = Watch(config, system, engine, world)
+            run = Run(config, world, group, system, order, engine, Guard(limits), stop, heartbeat, watch)
+            _train(run, loader, probe)
     world.close()
     return folder
 
 
-def _train(run: Run, loader: Loader) -> None:
+def _train(run: Run, loader: Loader, probe: Probe | None) -> None:
     config, world, folder = run.config, run.world, run.config.run.folder
     start = _resume(run)
     stop = min(config.run.stop_after or config.run.steps, config.run.steps)
@@ -102,19 +111,28 @@ def _train(run: Run, loader: Loader) -> None:
     batches = agreed(loader.steps(start, stop), run.group) if run.group else loader.steps(start, stop)
     gc.collect()
     gc.disable()  # else each rank collects when it likes, and all wait for it
-    with Metrics(folder / "metrics.jsonl" if world.is_main else None, start=start, steps=config.run.steps) as metrics:
+    path = folder / METRICS_FILE if world.is_main else None
+    curves, profiler = Curves(folder), Profiler(config.profile, folder, world)
+    with Metrics(path, start=start, steps=config.run.steps, config=config) as metrics:
         for step in range(start, stop):
-            values, problem = train_step(run, batches, Progress(step, config.run.steps))
+            with profiler.step(step + 1):
+                values, problem = train_step(run, batches, Progress(step, config.run.steps))
             asked = values.pop("stop") and step + 1 < stop
+            if probe and probe.due(step + 1):
+                values |= probe(run.engine, step + 1)
             metrics.log(step + 1, values)
-            problem = problem or (_too_many_bad(run, step + 1) if values["holes"] else None)
+            if values["holes"]:
+                problem = problem or too_many_bad(folder, config.data.max_bad, step + 1, world)
             due = config.run.save_every and (step + 1) % config.run.save_every == 0
             if step + 1 == stop or due or problem or asked:
                 last = bool(step + 1 == stop or problem or asked)
                 why = next(filter(None, world.gather(run.stop.asked())), None) if asked else None
                 _save(run, step + 1, last=last)
+                if config.log.curves and world.is_main:
+                    curves.draw(last=last)
                 if last:
                     run.stop.clear()
+                    profiler.close(step + 1)
             if problem:
                 raise TrainingError(problem)
             if asked:
@@ -135,12 +153,15 @@ def train_step(run: Run, batches: Iterator[list[Batch]], progress: Progress) -> 
     engine, system, world, step = run.engine, run.system, run.world, progress.step
     began = time.perf_counter()
     run.heartbeat.phase("data", step + 1)
-    micro_batches = [batch.to(world.device) for batch in next(batches)]
+    read = next(batches)
+    micro_batches = [batch.to(world.device) for batch in read]
     waited = time.perf_counter() - began
     # Ranks that hold a micro-batch together all have the whole of it: the first of them counts it.
     counted = micro_batches if run.group is None or run.group.rank() == 0 else []
     own = {name: sum(batch.counts[name] for batch in counted) for name in micro_batches[0].counts}
-    counts = world.sum({**own, "tokens": sum(batch.num_tokens for batch in counted)})
+    own["tokens"] = float(sum(batch.num_tokens for batch in counted))
+    counts = world.sum({**own, **run.watch.before(read)})
+    run.watch.agree(counts)
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate(run.config, step)
     losses = []
@@ -150,14 +171,14 @@ def train_step(run: Run, batches: Iterator[list[Batch]], progress: Progress) -> 
         run.heartbeat.phase("backward", step + 1)
         # The engine averages over ranks; the terms are divided by the whole step's counts already.
         engine.backward(combine(loss, counts) * world.size, scale_wrt_gas=False)
-        losses.append({name: Term(term.sum.detach(), term.weight) for name, term in loss.items()})
+        losses.append({name: replace(term, sum=term.sum.detach()) for name, term in loss.items()})
         if number + 1 < len(micro_batches):
             engine.step()
     run.heartbeat.phase("step", step + 1)
     holes = [asdict(hole) for batch in counted for hole in batch.holes]
     sums = {f"loss/{name}": sum(float(loss[name].sum) for loss in losses) for name in losses[0]}
     sums |= {"holes": float(len(holes)), "waited": waited, "stop": float(run.stop.asked() is not None)}
-    totals = world.sum({**sums, **system.after_backward()})
+    totals = world.sum({**sums, **system.after_backward(), **run.watch.after(micro_batches, losses, waited)})
     values = {f"loss/{name}": totals[f"loss/{name}"] / max(counts[name], 1) for name in losses[0]}
     values["loss/total"] = sum(losses[0][name].weight * values[f"loss/{name}"] for name in losses[0])
     refusal = run.guard.verdict(values["loss/total"])
@@ -169,10 +190,11 @@ def train_step(run: Run, batches: Iterator[list[Batch]], progress: Progress) -> 
         refusal = Refusal("the gradient is not finite")
     problem = _refused(run, refusal, counted, values["loss/total"], step + 1)
     if totals["holes"]:
-        _write_lines(run, "quarantine.jsonl", step + 1, holes)
+        write_lines(run.config.run.folder / QUARANTINE, step + 1, holes, world)
 
     elapsed = time.perf_counter() - began
-    values |= {f"count/{name}": count for name, count in counts.items()}
+    values |= {f"count/{name}": counts[name] for name in own}
+    values |= run.watch.numbers({**counts, **totals}, elapsed)
     values |= system.summarise({**counts, **totals}, world.size)
     values |= {
         "grad_norm": norm,
@@ -213,7 +235,8 @@ def _refused(run: Run, refusal: Refusal | None, batches: list[Batch], loss: floa
     if refusal is None:
         return None
     ids = [name for batch in batches for name in batch.ids]
-    _write_lines(run, "refused.jsonl", step, [{"reason": refusal.reason, "ids": ids}] if batches else [])
+    lines = [{"reason": refusal.reason, "ids": ids}] if batches else []
+    write_lines(run.config.run.folder / REFUSED, step, lines, run.world)
     if run.world.is_main:
         print(f"step {step}: {refusal.reason}; nothing was updated, its samples are in refused.jsonl", flush=True)
     policy = run.config.guard.spike
@@ -244,7 +267,7 @@ def _rewind(run: Run, step: int) -> str | None:
 def _save(run: Run, step: int, *, last: bool) -> None:
     """Save behind `step`; a disk that is full for a while does not end the run, unless this is its last save."""
     run.heartbeat.phase("save", step)
-    config, losses = run.config, run.guard.state[-(run.config.run.save_every or run.config.run.steps) :]
+    config, losses = run.config, run.guard.losses[-(run.config.run.save_every or run.config.run.steps) :]
     try:
         save_checkpoint(
             run.engine,
@@ -274,11 +297,11 @@ def _latest(run: Run) -> Path | None:
 def _resume(run: Run) -> int:
     folder, path, step = run.config.run.folder, _latest(run), 0
     if path is not None:
-        state, losses = load_checkpoint(run.engine, path, run.world)
-        step, run.guard = run.order.resume(state), Guard(run.config.guard, losses)
+        state, guard = load_checkpoint(run.engine, path, run.world)
+        step, run.guard = run.order.resume(state), Guard(run.config.guard, **guard)
 
     def shorten() -> None:
-        for name in ("metrics.jsonl", "quarantine.jsonl", "refused.jsonl", PARTS_FILE):
+        for name in (METRICS_FILE, QUARANTINE, REFUSED, PARTS_FILE):
             drop_after(folder / name, step)
         if path is not None:
             print(f"resuming from {path} at step {step}", flush=True)
@@ -287,38 +310,11 @@ def _resume(run: Run) -> int:
     return step
 
 
-def _too_many_bad(run: Run, step: int) -> str | None:
-    """What to say, on every rank, once more conversations are in the quarantine than may be."""
-    path, most = run.config.run.folder / "quarantine.jsonl", run.config.data.max_bad
-
-    def problem() -> str | None:
-        reasons = {line["id"]: line["reason"] for line in read_jsonl(path)}
-        if len(reasons) <= most:
-            return None
-        often = Counter(re.sub(r"\d+", "N", reason) for reason in reasons.values()).most_common(3)
-        return (
-            f"step {step}: {len(reasons)} conversations could not be read so far, data.max_bad is {most}; see "
-            f"{path}, repair the shards or raise the limit, then resume. Most often: "
-            + "; ".join(f"{count} x {reason[:200]!r}" for reason, count in often)
-        )
-
-    return run.world.on_main(problem)
-
-
-def _write_lines(run: Run, name: str, step: int, own: list[dict[str, Any]]) -> None:
-    lines = [{"step": step, **line} for of_rank in run.world.gather(own) for line in of_rank]
-    if run.world.is_main:
-        try:
-            append_jsonl(run.config.run.folder / name, lines)
-        except OSError as error:  # a full disk, which the next checkpoint may outlive
-            print(f"step {step}: {len(lines)} lines are missing in {name}: {error}", flush=True)
-
-
 def _finish(folder: Path, world: World) -> None:
     peaks = world.gather(peak_memory_mib(world.device))
     if world.is_main:
         # From the metrics, so that a run in several parts counts all of them.
-        seconds = sum(line["step_s"] for line in read_jsonl(folder / "metrics.jsonl"))
+        seconds = sum(line["step_s"] for line in read_jsonl(folder / METRICS_FILE))
         summary = {"seconds": round(seconds, 1), "peak_memory_mib": round(max(peaks)), "ranks": world.size}
         # Success is this file, not an exit code: a launcher that is killed exits 0.
         write_whole(folder / "done.json", json.dumps(summary))

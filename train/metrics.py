@@ -1,4 +1,4 @@
-"""What a run says: metrics.jsonl always, a progress bar on a terminal, plain lines elsewhere."""
+"""What a run says: metrics.jsonl always, other sinks when asked; a progress bar on a terminal, else plain lines."""
 
 import json
 import math
@@ -14,17 +14,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from swim.data_tools.files import write_whole
+from swim.train.config import Config
+from swim.train.sinks import Sinks
+from swim.train.stop import Stopped
 
+METRICS_FILE = "metrics.jsonl"
 PARTS_FILE = "parts.jsonl"  # a line for every start of a run
 PLAIN_EVERY_S = 10.0
 
 
 class Metrics:
-    """Appends one JSON line per logged step and shows progress; only the main rank makes one that writes."""
+    """Appends one JSON line per logged step and shows progress; only the main rank makes one that writes.
 
-    def __init__(self, path: Path | None, *, start: int, steps: int) -> None:
+    With a `config` the other sinks that it asks for get the same numbers.
+    """
+
+    def __init__(self, path: Path | None, *, start: int, steps: int, config: Config | None = None) -> None:
         self._path = path
         self._console = Console()
+        self._sinks = Sinks(config, start, self._say) if path and config else None
         self._start, self._steps, self._began, self._said = start, steps, time.perf_counter(), 0.0
         self._progress: Progress | None = None
         if path and self._console.is_terminal:
@@ -46,14 +54,17 @@ class Metrics:
         try:
             append_jsonl(self._path, [{"step": step, **{name: _short(value) for name, value in values.items()}}])
         except OSError as error:  # a full disk, which the next checkpoint may outlive
-            self._console.print(f"step {step} is missing in metrics.jsonl: {error}", markup=False)
-        shown = [name for name in values if name.startswith("loss/")]
+            self._say(f"step {step} is missing in {METRICS_FILE}: {error}")
+        if self._sinks:
+            self._sinks.log(step, {name: value for name, value in values.items() if math.isfinite(value)})
+        # Without those of single sources.
+        shown = [name for name in values if name.startswith("loss/") and name.count("/") == 1]
         shown += ["lr", "tokens_per_s", "data_wait", "peak_memory_mib"]
         text = "  ".join(f"{name} {values[name]:.4g}" for name in shown)
         if values["holes"]:
-            self._console.print(
-                f"step {step}: {values['holes']:.0f} conversations could not be read, see quarantine.jsonl"
-            )
+            self._say(f"step {step}: {values['holes']:.0f} conversations could not be read, see quarantine.jsonl")
+        if probed := [f"{name} {value:.4g}" for name in ("pointing", "mass") if (value := values.get(f"probe/{name}"))]:
+            self._say(f"step {step}: probe {'  '.join(probed)}")
         if self._progress:
             self._progress.update(self._task, completed=step, description=text)
         elif (now := time.perf_counter()) - self._said > PLAIN_EVERY_S or step == self._steps:
@@ -61,12 +72,17 @@ class Metrics:
             left = (now - self._began) / max(step - self._start, 1) * (self._steps - step)
             print(f"step {step}/{self._steps}  {text}  remaining {left:.0f} s", flush=True)
 
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._progress:
             self._progress.stop()
+        if self._sinks:
+            self._sinks.close(failed=kind is not None and not issubclass(kind, Stopped))
 
 
 def peak_memory_mib(device: torch.device) -> float:

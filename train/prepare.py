@@ -16,6 +16,7 @@ from swim.data_tools.synth import synthesise
 from swim.train import heartbeat
 from swim.train.config import Config, ConfigError, SynthConfig, parse_config
 from swim.train.loader import Loader, Order
+from swim.train.sinks import check_sinks
 from swim.train.system import System
 from swim.train.world import World
 
@@ -27,6 +28,7 @@ _FREE = {
     "guard": ("hang_s", "start_s", "max_refused"),
     "parallel": ("sequence",),
 }
+_FREE_SECTIONS = ("launch", "log", "probe", "profile")
 
 
 def prepare_run(config: Config, world: World) -> None:
@@ -37,6 +39,7 @@ def prepare_run(config: Config, world: World) -> None:
 
     def prepare() -> None:
         try:
+            check_sinks(config.log)
             config.run.folder.mkdir(parents=True, exist_ok=True)
             lock_folder(config.run.folder)
             _claim(config)
@@ -149,7 +152,7 @@ def _claim(config: Config) -> None:
 def _identity(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Dotted names and values of the fields that all parts of a run have in common."""
     for key, value in config.items():
-        if key in _FREE.get(prefix.rstrip("."), ()) or (not prefix and key == "launch"):
+        if key in _FREE.get(prefix.rstrip("."), ()) or (not prefix and key in _FREE_SECTIONS):
             continue
         if isinstance(value, dict):
             yield from _identity(value, f"{prefix}{key}.")

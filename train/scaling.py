@@ -38,6 +38,13 @@ DEVICES = {
 }
 
 
+def device_of(name: str) -> Device | None:
+    """The device that a driver calls so ("NVIDIA H100 80GB HBM3"), if it is known."""
+    words = name.upper().replace("-", " ").split()
+    found = [key for key in DEVICES if all(word in words or f"{word}GB" in words for word in key.split("-"))]
+    return DEVICES[max(found, key=len)] if found else None
+
+
 @dataclass(frozen=True)
 class Network:
     """What joins the devices; latencies are assumptions of the order of those in NCCL's tuning model."""

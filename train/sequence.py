@@ -103,6 +103,7 @@ def own_labels(batch: SomeBatch, group: ProcessGroup) -> SomeBatch:
         label_rows=batch.label_rows[labelled],
         label_slots=batch.label_slots[labelled] - (columns < own.start).sum(),
         labels=batch.labels[labelled],
+        label_conversations=batch.label_conversations[labelled],
     )
 
 

@@ -23,6 +23,8 @@ class Term:
 
     sum: Tensor
     weight: float
+    units: Tensor | None = None  # (U,) what `sum` adds up, without gradient, where it is to be told by source
+    conversations: Tensor | None = None  # (U,) whose they are
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class System(Protocol):
     """A training method, built from the whole config by `systems/<name>/model.py:build`."""
 
     collator: Collator
+    probe_collator: Collator  # of the batches that `probe` takes
     tokenizer: Any  # saved beside the model
     model_config: Any  # the transformers config
 
@@ -88,6 +91,11 @@ class System(Protocol):
 
     def summarise(self, totals: dict[str, float], num_ranks: int) -> dict[str, float]:
         """Numbers to log, made of the step's counts and of the sums over ranks of what `after_backward` gave."""
+        ...
+
+    def probe(self, model: nn.Module, batch: Batch) -> dict[str, dict[str, float]]:
+        """What `swim.evaluation` measures of every conversation of a held-out batch that can be scored, by its id; one
+        forward pass without gradient."""
         ...
 
     def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:

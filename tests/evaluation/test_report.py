@@ -13,7 +13,7 @@ import pytest
 from matplotlib.image import imread
 
 from swim.evaluation.alignment import METRICS
-from swim.evaluation.figures import curves_png, smooth, strip_figure, strip_png
+from swim.evaluation.figures import _panels, curves_png, smooth, strip_figure, strip_png
 from swim.evaluation.report import DEFINITIONS, ArmFiles, read_jsonl, write_report
 from swim.evaluation.scores import score, write_results
 
@@ -230,6 +230,22 @@ def test_curves_leave_out_what_was_not_logged() -> None:
     gradients = [row | {"mask_grad/q1": 0.1, "mask_grad/q10": 0.2, "mask_grad/k1": 0.1} for row in text]
     heights = [imread(io.BytesIO(curves_png({"a": text, "b": rows}) or b"")).shape[0] for rows in (text, gradients)]
     assert heights[1] == pytest.approx(2 * heights[0], abs=2)
+
+
+def test_curves_show_the_probe_and_sources_if_there_are_several() -> None:
+    text = [{"step": step, "loss/text": 1.0} for step in range(3)]
+    of_one = [row | {"loss/text/web": 1.0, "count/text/web": 5.0} for row in text]
+    of_two = [row | {"loss/text/a": 2.0, "count/text/a": 9.0} for row in of_one]
+    probed = [row | {"probe/pointing": 0.5, "probe/mass": 0.2} for row in of_two]
+    titles = [[title for title, lines in _panels({"a": rows}) if any(line.points.size for line in lines)]
+              for rows in (of_one, of_two, probed)]  # fmt: skip
+    assert titles[0] == ["text loss"]
+    assert titles[1] == ["text loss", "text loss by source, a"]
+    assert set(titles[2]) - set(titles[1]) == {"pointing on the probe set", "attention mass on the probe set"}
+    (lines,) = (lines for title, lines in _panels({"a": of_two}) if "source" in title)
+    assert [line.name for line in lines] == ["a", "web"], "the largest first"
+    many = [row | {f"{kind}/text/s{n}": 1.0 for n in range(9) for kind in ("loss", "count")} for row in text]
+    assert any(title.endswith("the 8 largest of 9") for title, _ in _panels({"a": many}))
 
 
 def test_smoothing_keeps_a_constant_and_the_length() -> None:

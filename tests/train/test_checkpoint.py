@@ -94,6 +94,16 @@ def attempt(steps, folder: Path, world, fatal: int, *, full: bool) -> tuple[Disk
     return disk, message
 
 
+def test_what_the_guard_remembers_is_kept_and_older_checkpoints_load(steps, world, tmp_path):
+    engine, _, _ = steps
+    guard = Guard(load_config("tiny_cpu").guard, [2.0, 1.0], refused=2)
+    path = save_checkpoint(engine, tmp_path, 3, STATE, world, guard=guard.state)
+    assert Guard(guard.config, **load_checkpoint(engine, path, world)[1]).state == guard.state
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"guard": [2.0, 1.0]}))
+    assert Guard(guard.config, **load_checkpoint(engine, path, world)[1]).state == guard.state | {"refused": 0}
+
+
 def test_a_kill_at_any_operation_of_a_save_leaves_whole_checkpoints_only(steps, world, tmp_path):
     folder, seen, fatal = tmp_path / "run", set(), 0
     while True:

@@ -148,8 +148,9 @@ def test_a_spike_is_far_above_the_median_of_a_full_window():
     guard.note(1e9, applied=False)
     assert guard.refused == 1
     assert guard.limit() == pytest.approx(limit), "what was refused is no measure for the next"
-    again = Guard(guard.config, guard.state)
+    again = Guard(guard.config, **guard.state)
     assert again.limit() == guard.limit()
+    assert again.refused == 1, "a resumed run goes on counting"
 
 
 def test_a_loss_that_stands_still_has_room():

@@ -113,6 +113,7 @@ def test_the_recipe_is_the_releases_formula_with_its_epsilons_at_zero(monkeypatc
         label_rows=torch.zeros(3, dtype=torch.int64),
         label_slots=torch.tensor([0, 1, 3]),
         labels=torch.tensor([5, 0, 9]),
+        label_conversations=torch.zeros(3, dtype=torch.int64),
         table=SimpleNamespace(map_sizes=[num_cells] * len(NOUNS), num_rows=len(NOUNS)),
         nouns=[SimpleNamespace(tokens=(number,)) for number in range(len(NOUNS))],
         targets=targets,

@@ -58,11 +58,13 @@ class SwimCollator:
         conversations: Conversations = []
         masks: list[Masks] = []
         holes: list[Hole] = []
+        sources: list[str] = []
         for request in requests:
             new, bad = self.encode(request)
             conversations, holes = conversations + new, holes + bad
             masks += [request.sample.masks] * len(new)
-        return self.assemble(conversations, masks, holes)
+            sources += [request.sample.record.source] * len(new)
+        return replace(self.assemble(conversations, masks, holes), sources=sources)
 
     def assemble(self, conversations: Conversations, masks: Sequence[Masks], holes: Sequence[Hole] = ()) -> SwimBatch:
         """Batch of encoded conversations with the masks of each one's sample."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import GenerationConfig
 
+from swim.evaluation.alignment import mean_metrics, noun_metrics
 from swim.train.attention import MODEL_KWARG, Capture, shard_text_model
 from swim.train.batch import Batch, BatchOptions
 from swim.train.config import Config
@@ -51,7 +52,7 @@ class SwimSystem:
         # A noun has one map when it is looked at, however many terms it has in training; and no losses are computed.
         whole = self.options.model_copy(update={"subtokens": "mean", "mask_side": "grid"})
         looking = ConversationEncoder(self.tokenizer, family, looked_at)
-        self._predicting = SwimCollator(looking, config.data, options, whole)
+        self.probe_collator = SwimCollator(looking, config.data, options, whole)
         self._captures: list[Capture] = []
         self._group: ProcessGroup | None = None
 
@@ -106,17 +107,32 @@ class SwimSystem:
         }
 
     @torch.no_grad()
+    def probe(self, model: nn.Module, batch: Batch) -> dict[str, dict[str, float]]:
+        """Alignment of the noun maps of every conversation, mean over its nouns with a mask."""
+        assert isinstance(batch, SwimBatch)
+        rows: dict[str, list[dict[str, float]]] = {}
+        for number, (noun, flat) in enumerate(zip(batch.nouns, self._maps(model, batch))):
+            clip = batch.clips[noun.conversation]
+            assert clip is not None
+            if (row := noun_metrics(flat.view(clip.grid).cpu().numpy(), _coverage(batch, number))) is not None:
+                rows.setdefault(batch.ids[noun.conversation], []).append(row)
+        return {name: mean for name, of_nouns in rows.items() if (mean := mean_metrics(of_nouns)) is not None}
+
+    def _maps(self, model: nn.Module, batch: SwimBatch) -> list[Tensor]:
+        capture = Capture(batch.table, self.layers, layout=batch.layout, detach=True, group=self._group)
+        model(**batch.inputs, use_cache=False, logits_to_keep=1, **{MODEL_KWARG: capture})
+        return noun_maps(capture.maps(), batch)
+
+    @torch.no_grad()
     def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:
         """Free answer and teacher-forced noun maps per conversation, in the form `swim.evaluation` reads."""
-        conversations, holes = self._predicting.encode(request)
+        conversations, holes = self.probe_collator.encode(request)
         failed = [{"id": hole.id, "clip": request.sample.key, "error": hole.reason} for hole in holes]
         if not conversations:
             return failed
         device = next(model.parameters()).device
-        batch = self._predicting.assemble(conversations, [request.sample.masks] * len(conversations)).to(device)
-        capture = Capture(batch.table, self.layers, layout=batch.layout, detach=True)
-        model(**batch.inputs, use_cache=False, logits_to_keep=1, **{MODEL_KWARG: capture})
-        maps = noun_maps(capture.maps(), batch)
+        batch = self.probe_collator.assemble(conversations, [request.sample.masks] * len(conversations)).to(device)
+        maps = self._maps(model, batch)
         answers = self._answers(model, conversations)
         predictions = []
         for number, name in enumerate(batch.ids):
@@ -150,7 +166,7 @@ class SwimSystem:
             "grid": list(clip.grid),
             "frames": clip.frames,
             "map": flat.view(clip.grid).tolist(),
-            "coverage": [None if c is None else np.round(c, 6).tolist() for c in batch.coverages[number]],
+            "coverage": [None if c is None else c.tolist() for c in _coverage(batch, number)],
         }
 
     def _answers(self, model: Any, conversations: Conversations) -> list[str]:
@@ -177,6 +193,11 @@ class SwimSystem:
             ),
         )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)]
+
+
+def _coverage(batch: SwimBatch, number: int) -> list[np.ndarray | None]:
+    """Coverage of every step for noun `number`, without the rounding errors that would count as a touch of the mask."""
+    return [None if c is None else np.round(c, 6) for c in batch.coverages[number]]
 
 
 def build(config: Config) -> SwimSystem:

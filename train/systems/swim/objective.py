@@ -110,7 +110,8 @@ def swim_loss(
     )
     output = model(**batch.inputs, use_cache=False, logits_to_keep=batch.label_columns, **{MODEL_KWARG: capture})
     logits = output.logits[batch.label_rows, batch.label_slots].float()
-    text = nn.functional.cross_entropy(logits, batch.labels, reduction="sum")
+    text_A = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    text = text_A.sum()
     # A batch without labels still goes through backward, where ZeRO-3's collectives are: keep it tied to the graph.
     text = text + 0.0 * output.logits.float().sum() if not len(batch.labels) else text
     assert batch.targets is not None
@@ -119,4 +120,5 @@ def swim_loss(
     if group is not None and group.rank() > 0:
         # Every rank has the same maps and the whole value, which counts once; its gradient is this rank's share.
         mask = mask - mask.detach()
-    return {"text": Term(text, config.text_weight), "mask": Term(mask, config.mask_weight)}, capture
+    by_token = Term(text, config.text_weight, text_A.detach(), batch.label_conversations)
+    return {"text": by_token, "mask": Term(mask, config.mask_weight)}, capture
