@@ -9,7 +9,7 @@ import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -97,8 +97,9 @@ class ModelConfig(Section):
     """Type of weights and activations."""
     attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention backend of the text model; the vision tower uses sdpa or the same flash."""
-    checkpointing: bool = False
-    """Recompute activations in the backward pass (always non-reentrant)."""
+    checkpointing: bool | Annotated[int, Field(gt=0)] = False
+    """Recompute activations in the backward pass (always non-reentrant): of all layers (`true`), or of every n-th (n),
+    counted through the model as transformers does."""
     lora: LoraConfig | None = None
     """Train adapters instead of all weights; the saved model has them merged, with the adapters beside it."""
     freeze: list[str] = []

@@ -173,7 +173,6 @@ def _estimate(model: Model, setup: Setup, device: str | None, memory: int | None
         zero,
         world,
         element=element,
-        checkpointing=config.model.checkpointing,
         vision_flows=flows,
         embedding_flows=embedding,
     )
@@ -212,10 +211,11 @@ def work(model: Model, setup: Setup, device: str | None = None) -> Work:
     size = {part: sum(p.numel * p.element for p in parameters if p.part == part) for part in ("vision", "text")}
     ends = [p for p in parameters if p.part in ("embedding", "head")]
 
-    def passes(part: str) -> int:
+    def passes(part: str) -> float:
         # Adapters are a small part of the operations.
         trained = any(p.trained and ".lora_" not in p.name for p in parameters if p.part == part)
-        return 2 + trained + config.model.checkpointing
+        again = config.model.checkpointing
+        return 2 + trained + (1 / again if again else 0)
 
     # A frame's patches see each other, as in Cost.
     vision = sum(frame * (cost.patch + frame * cost.patch_pair) for frame in pack.frames) * setup.share
@@ -277,6 +277,8 @@ def _levers(config: Config, zero: Zero) -> Iterator[Lever]:
         return lambda s: replace(s, ranks=s.ranks * factor)
 
     if not config.model.checkpointing:
+        yield Lever("checkpointing", "model.checkpointing=2", model(checkpointing=2))
+    if config.model.checkpointing != 1:
         yield Lever("checkpointing", "model.checkpointing=true", model(checkpointing=True))
     if zero.stage < 3:
         yield Lever("stage", f"{section}.stage=3", engine(stage=3))
@@ -407,7 +409,8 @@ def report(found: Estimate) -> str:
     sent = found.traffic
     lines += [
         f"traffic      {gib(_sent(found))} a step: all-gather {gib(sent.gathered)}, reduce-scatter "
-        f"{gib(sent.scattered)}, all-reduce {gib(sent.reduced)} a micro-batch, update {gib(sent.updated)} a step",
+        f"{gib(sent.scattered)}, all-reduce {gib(sent.reduced)} a micro-batch, update {gib(sent.updated)} a step"
+        + (f"; {gib(near)} of it inside nodes" if (near := sent.near(found.micro_batches)) else ""),
         f"steps        {found.steps:,}"
         + (f"; {found.step_seconds:.2f} s each by formula, not measured" if found.step_seconds else ""),
         f"checkpoint   {gib(found.checkpoint)} of all ranks; the saved model {gib(found.model)}",

@@ -1,4 +1,4 @@
-"""Which DeepSpeed files this program trains with: what it cannot save, load or guard is refused before a step is taken."""
+"""Which DeepSpeed files this program trains with: what it cannot save, load or guard is refused at start."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -49,7 +49,8 @@ def build_stock_model(source: ModelConfig, config: Any, *, seed: int) -> nn.Modu
         torch.manual_seed(seed)  # the adapters' first values, the same on every rank
         model = add_lora(model, source.lora)
     if source.checkpointing:
-        enable_checkpointing(base)  # behind peft, which would have inputs require gradients
+        # Behind peft, which would have inputs require gradients.
+        enable_checkpointing(base, every=int(source.checkpointing))
     for pattern in source.freeze:
         matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
         if not matched:

@@ -1,5 +1,5 @@
-"""Promise: every file of ds_configs/ is one that DeepSpeed accepts and that trains, is guarded and resumes as plain ZeRO-3
-does; what cannot is refused before the first step."""
+"""Promise: DeepSpeed accepts every file of ds_configs/, and what they ask for trains, is guarded and resumes as plain
+ZeRO-3 does; what cannot is refused before the first step."""
 
 import json
 
@@ -63,7 +63,7 @@ def test_other_optimizers_and_fp16_are_refused(other):
 def test_quantized_weights_need_a_gpu():
     fields = json.loads((ROOT / "ds_configs" / "zero3_zeropp.json").read_text())
     check_device(fields, "zero3_zeropp", cuda=True)
-    with pytest.raises(ConfigError, match="zero3_zeropp: .*needs DeepSpeed's CUDA quantizer"):
+    with pytest.raises(ConfigError, match=r"zero3_zeropp: .*needs DeepSpeed's CUDA quantizer"):
         check_device(fields, "zero3_zeropp", cuda=False)
 
 
