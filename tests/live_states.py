@@ -67,6 +67,7 @@ def states(engine: Any) -> dict[str, int]:
         "weights": weights,
         "gradients": gradients,
         "master": storages(t for t in master if t.untyped_storage()._cdata not in own),
+        "host gradients": storages(t.grad for t in master if t.grad is not None),  # offloading's, in fp32
     }
 
 

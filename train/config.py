@@ -100,6 +100,9 @@ class ModelConfig(Section):
     checkpointing: bool | Annotated[int, Field(gt=0)] = False
     """Recompute activations in the backward pass (always non-reentrant): of all layers (`true`), or of every n-th (n),
     counted through the model as transformers does."""
+    liger: bool | Literal["auto"] = False
+    """Liger's fused RMSNorm and gated MLP in the text model, on GPUs: `auto` where liger-kernel is installed, `true`
+    must."""
     lora: LoraConfig | None = None
     """Train adapters instead of all weights; the saved model has them merged, with the adapters beside it."""
     freeze: list[str] = []

@@ -125,7 +125,7 @@ class Model:
 
 def meta_model(config: Config, model_config: Any) -> Any:
     """The model of a run on the meta device: shapes without weights."""
-    source = config.model.model_copy(update={"path": None, "attention": "sdpa"})
+    source = config.model.model_copy(update={"path": None, "attention": "sdpa", "liger": False})
     with torch.device("meta"):
         return build_stock_model(source, model_config, seed=config.run.seed)
 

@@ -154,7 +154,8 @@ def model_states(parameters: Sequence[Parameter], zero: Zero, world: int, *, ele
         gradients = element * own
         buffers = element * (zero.bucket + gathered)
         update = 4 * min(own, zero.sub_group) if element != 4 else 0
-        host = (optimizer + gradients if zero.offload_optimizer else 0) + (partitions * zero.offload_parameters)
+        # The host's Adam reads fp32 gradients of its own.
+        host = (optimizer + gradients + 4 * own if zero.offload_optimizer else 0) + partitions * zero.offload_parameters
         return States(
             weights=(0 if zero.offload_parameters else partitions) + whole + second,
             gradients=0 if zero.offload_optimizer else gradients,

@@ -176,7 +176,8 @@ def predict(
     """A step of `packs` packs on so many devices, gradients reduced in every micro-batch as ZeRO-3 does.
 
     hpz keeps a second copy of the weights within each node, from which a step gathers but for its first forward pass
-    (ZeRO++, arXiv 2306.10209); sequence divides each pack among the ranks that would have none, within a node and by heads.
+    (ZeRO++, arXiv 2306.10209); sequence divides each pack among the ranks that would have none, within a node and by
+    heads.
     """
     degree = 1
     while strategy == "sequence" and packs * degree * 2 <= world and degree * 2 <= network.per_node:
@@ -296,8 +297,9 @@ _PAGE = """# Scaling
 Written by `make scaling` (`swim estimate {recipe} --scaling`); a test says when it is stale.
 
 **Every time here is a formula's, not a measurement**: nothing of this size was run. The formulas are
-`train/scaling.py`. The bytes of ZeRO's collectives are equal to those counted on real engines with 2 and 4 ranks, those
-of hpZ with 4 (`tests/train/test_estimate.py`); those of sequence parallelism, and all times, are checked against nothing.
+`train/scaling.py`. The bytes of ZeRO's collectives are equal to those counted on real engines with 2 and 4 ranks,
+those of hpZ with 4 (`tests/train/test_estimate.py`); those of sequence parallelism, and all times, are checked against
+nothing.
 Loading is taken to be hidden; `swim data bench --recipe` measures what it costs.
 
 ## Formulas

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from swim.train.attention import enable_checkpointing, register_capture
 from swim.train.config import ConfigError, ModelConfig
 from swim.train.families import FAMILIES
+from swim.train.liger import apply_liger, wants_liger
 from swim.train.lora import add_lora
 from swim.train.tokenizer import adopt_family, control_token_fields, load_tokenizer, train_tokenizer
 
@@ -44,6 +45,8 @@ def build_stock_model(source: ModelConfig, config: Any, *, seed: int) -> nn.Modu
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
     register_capture(model)
+    if wants_liger(source.liger):
+        apply_liger(model)
     base = model
     if source.lora is not None:
         torch.manual_seed(seed)  # the adapters' first values, the same on every rank
