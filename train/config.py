@@ -9,7 +9,7 @@ import importlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -97,10 +97,10 @@ class ModelConfig(Section):
     """Type of weights and activations."""
     attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention backend of the text model; the vision tower uses sdpa or the same flash."""
-    checkpointing: bool | Annotated[int, Field(gt=0)] = False
+    checkpointing: bool | int = Field(False, ge=0)
     """Recompute activations in the backward pass (always non-reentrant): of all layers (`true`), or of every n-th (n),
     counted through the model as transformers does."""
-    liger: bool | Literal["auto"] = False
+    liger: Literal["auto", True, False] = "auto"
     """Liger's fused RMSNorm and gated MLP in the text model, on GPUs: `auto` where liger-kernel is installed, `true`
     must."""
     lora: LoraConfig | None = None
