@@ -38,7 +38,7 @@ from swim.train.memory import (
     model_states,
     parameters_of,
 )
-from swim.train.scaling import DEVICES, Traffic, Work, predict, scaling_page, traffic
+from swim.train.scaling import DEVICES, Strategy, Traffic, Work, predict, scaling_page, traffic
 from swim.train.stock import build_stock_model, tokenizer_and_config
 from swim.train.system import Request, System, build_system
 
@@ -180,7 +180,8 @@ def _estimate(model: Model, setup: Setup, device: str | None, memory: int | None
     seconds = None
     if device is not None:
         one = work(model, setup, device)
-        seconds = predict(one, DEVICES[device], world, packs_per_step).seconds
+        strategy: Strategy = "hpz" if zero.hpz > 1 else "zero3"
+        seconds = predict(one, DEVICES[device], world, packs_per_step, strategy=strategy).seconds
         seconds += _host_seconds(states)
     return Estimate(
         ranks=world,
@@ -243,9 +244,9 @@ def _scaled(held: Activations, share: float) -> Activations:
 
 
 def _host_seconds(states: States) -> float:
-    """Seconds a step that offloaded states take: gradients out, weights back, and AdamW reading and writing 28 bytes
-    for the 14 it keeps."""
-    return states.host * (4 / 14 / HOST_LINK + 2 / HOST_MEMORY)
+    """Seconds a step that offloaded states take: gradients out, weights back, and AdamW reading and writing 36 bytes
+    for the 18 it keeps."""
+    return states.host * (4 / 18 / HOST_LINK + 2 / HOST_MEMORY)
 
 
 @dataclass(frozen=True)
