@@ -87,7 +87,9 @@ def check(found: dict[str, dict], name: str, tolerance: float) -> None:
     for state in ("refused", "loaded"):
         assert all(torch.equal(one[state][key], one["before"][key]) for key in one["before"]), state
     assert one["losses"] == pytest.approx(plain["losses"], abs=tolerance)
-    assert one["again"] == one["losses"][3:], "resumed bit for bit, frozen weights of another base notwithstanding"
+    # DeepSpeed's own Adam multiplies its bias corrections up step by step, and takes a power after a load.
+    bits = 1e-6 if name == "offload_compiled" else 0
+    assert one["again"] == pytest.approx(one["losses"][3:], abs=bits), "frozen weights of another base notwithstanding"
     if name != "zero3":
         assert one["from zero3"] == pytest.approx(plain["again"], abs=tolerance), "what plain ZeRO-3 saved loads too"
 
