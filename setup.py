@@ -56,7 +56,7 @@ setup(
     extras_require={
         # Behind https://; other URLs need the fsspec package of their storage (s3fs, gcsfs, ...).
         "http": ["aiohttp>=3.10"],
-        "gpu": ["flash-attn>=2.7", "liger-kernel>=0.5"],
+        "gpu": ["flash-attn>=2.7", "liger-kernel>=0.8"],
         # With CPU torch only torchcodec 0.12 and 0.13 load; it needs FFmpeg's libraries, e.g. Debian's ffmpeg.
         "decode": ["torchcodec>=0.12", "decord>=0.6", "numba>=0.60"],
         "peft": ["peft>=0.15"],

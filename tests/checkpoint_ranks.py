@@ -10,6 +10,7 @@ import torch
 
 from swim.data_tools.plan import PlanState
 from swim.train import checkpoint, state_files
+from swim.train.engine import nothing_applied
 from swim.train.world import World, init_world
 
 STATE = PlanState(run_step=0, epoch=0, step=0, plan_digest="digest", identity={})
@@ -32,8 +33,11 @@ class Small(torch.nn.Module):
         return y.square().mean()
 
 
-def build_small(stage: int = 3, seed: int = 0, *, persistent: bool = False) -> Any:
-    """The engine around a small model of this seed, whose parameters stay whole on every rank if `persistent`."""
+def build_small(
+    stage: int = 3, seed: int = 0, *, persistent: bool = False, torch_adam: bool = True, **zero: object
+) -> Any:
+    """The engine around a small model of this seed, whose parameters stay whole on every rank if `persistent`; `zero`
+    are further fields of its ZeRO section."""
     torch.manual_seed(seed)
     model = Small()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -47,9 +51,11 @@ def build_small(stage: int = 3, seed: int = 0, *, persistent: bool = False) -> A
             "stage": stage,
             "stage3_param_persistence_threshold": 1000 if persistent else 0,
             "overlap_comm": False,
+            **zero,
         },
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": torch_adam}},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
     engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=fields)
@@ -100,6 +106,55 @@ def save_on_ranks(rank: int, size: int, port: int, out: Path) -> None:
         torch.save(expected, out / "expected.pt")
     world.barrier()
     world.close()
+
+
+HOST = {"device": "cpu"}
+PROFILES: dict[str, dict[str, Any]] = {
+    "zero3": {},
+    "zero2": {"stage": 2},
+    "sub_groups": {"sub_group_size": 20},
+    "offload_optimizer": {"offload_optimizer": HOST},
+    "offload_all": {"offload_optimizer": HOST, "offload_param": HOST},
+    "offload_compiled": {"offload_optimizer": HOST, "offload_param": HOST, "torch_adam": False},
+    # The last: its groups of ranks stay with the process.
+    "hpz": {"zero_hpz_partition_size": 2},
+}
+
+
+def train_profiles(rank: int, size: int, port: int, out: Path, names: list[str]) -> None:
+    """For every profile: three steps, one that is refused, a save, five steps; again from there, and from there under
+    plain ZeRO-3 and back. The main rank notes what it saw in `out`/<name>.pt."""
+    world = join(rank, size, port)
+    checkpoint.stock_description = lambda _: {}
+    for name in names:
+        engine = build_small(**PROFILES[name])
+        losses = train_small(engine, 0, 3)
+        before = weights(engine)
+        engine.backward(engine(torch.ones(3, 7)))
+        with nothing_applied(engine):
+            engine.step()
+        found: dict[str, Any] = {"before": before, "refused": weights(engine), "applied": engine.was_step_applied()}
+        path = checkpoint.save_checkpoint(engine, out / name, 3, STATE, world)
+        found["losses"] = losses + train_small(engine, 3, 8)
+        _spoil(engine)
+        train_small(engine, 0, 1)
+        checkpoint.load_checkpoint(engine, path, world)
+        found["loaded"], found["again"] = weights(engine), train_small(engine, 3, 8)
+        if name != "zero3":
+            checkpoint.load_checkpoint(engine, out / "zero3" / path.name, world)
+            found["from zero3"] = train_small(engine, 3, 8)
+        if world.is_main:
+            torch.save(found, out / f"{name}.pt")
+        engine.destroy()
+    world.barrier()
+    world.close()
+
+
+def _spoil(engine: Any) -> None:
+    """Other frozen weights, as an engine has that was built from another base."""
+    frozen = [p for p in engine.module.parameters() if not p.requires_grad]
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(frozen, modifier_rank=0):
+        frozen[0].zero_()
 
 
 def _fail_once(engine: Any, out: Path, world: World) -> None:

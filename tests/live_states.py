@@ -17,7 +17,8 @@ from swim.train.world import init_world
 
 
 def count_collectives() -> Counter[str]:
-    """Bytes of the whole tensor of every collective from now on, by name; what carries a few numbers is left out."""
+    """Bytes of the whole tensor of every collective from now on, by name and number of ranks; what carries a few
+    numbers is left out."""
     sent: Counter[str] = Counter()
 
     def counted(name: str, which: int, key: str) -> None:
@@ -26,7 +27,7 @@ def count_collectives() -> Counter[str]:
         def call(*args: Any, **kwargs: Any) -> Any:
             tensor = args[which] if len(args) > which else kwargs[key]
             if tensor.numel() > 8:
-                sent[name] += tensor.nbytes
+                sent[f"{name} of {dist.get_world_size(kwargs.get('group'))}"] += tensor.nbytes
             return function(*args, **kwargs)
 
         setattr(dist, name, call)
@@ -56,6 +57,7 @@ def states(engine: Any) -> dict[str, int]:
             for t in whole
             if t.untyped_storage()._cdata not in {p.ds_tensor.untyped_storage()._cdata for p in parameters}
         )
+        weights += storages(p.ds_secondary_tensor for p in parameters if p.ds_secondary_tensor is not None)
         gradients = optimizer.grad_partitions_flat_buffer.nbytes
         master, own = optimizer.fp32_partitioned_groups_flat, {p.ds_tensor.untyped_storage()._cdata for p in parameters}
     else:
@@ -65,6 +67,7 @@ def states(engine: Any) -> dict[str, int]:
         "weights": weights,
         "gradients": gradients,
         "master": storages(t for t in master if t.untyped_storage()._cdata not in own),
+        "host gradients": storages(t.grad for t in master if t.grad is not None),  # offloading's, in fp32
     }
 
 

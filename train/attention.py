@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from swim.kernels.backend import Backend
@@ -174,12 +175,16 @@ def shard_text_model(model: PreTrainedModel) -> None:
     model.get_decoder().register_forward_pre_hook(shard, with_kwargs=True)
 
 
-def enable_checkpointing(model: PreTrainedModel, *, reentrant: bool = False) -> None:
-    """Switch activation checkpointing on; non-reentrant, because reentrant recomputation cuts the maps off the
-    graph."""
+def enable_checkpointing(model: PreTrainedModel, *, every: int = 1, reentrant: bool = False) -> None:
+    """Switch activation checkpointing on for every so-manieth layer of the model; non-reentrant, because reentrant
+    recomputation cuts the maps off the graph."""
     # transformers 5.23 renamed the method and deprecates the old name; 5.17 knows only the old one.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+    # What transformers 5.23 calls every_n_layers and 5.17 has not.
+    layers = (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number % every == 0
     if not reentrant:
         # Only reentrant recomputation needs inputs that require a gradient. They would have it passed back through a
         # frozen vision tower, for nothing.

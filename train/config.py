@@ -97,8 +97,12 @@ class ModelConfig(Section):
     """Type of weights and activations."""
     attention: Literal["sdpa", "flash_attention_2", "flash_attention_3"] = "sdpa"
     """Attention backend of the text model; the vision tower uses sdpa or the same flash."""
-    checkpointing: bool = False
-    """Recompute activations in the backward pass (always non-reentrant)."""
+    checkpointing: bool | int = Field(False, ge=0)
+    """Recompute activations in the backward pass (always non-reentrant): of all layers (`true`), or of every n-th (n),
+    counted through the model as transformers does."""
+    liger: Literal["auto", True, False] = "auto"
+    """Liger's fused RMSNorm and gated MLP in the text model, on GPUs: `auto` where liger-kernel is installed, `true`
+    must."""
     lora: LoraConfig | None = None
     """Train adapters instead of all weights; the saved model has them merged, with the adapters beside it."""
     freeze: list[str] = []

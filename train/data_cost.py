@@ -24,11 +24,11 @@ class SampleCost(NamedTuple):
 def sample_cost(config: Config, shards: ShardSet, limit: int) -> SampleCost:
     """Cost of the first `limit` clips; ValueError if none of them can be used.
 
-    Operations are those of forward, a backward of twice as many, and forward again where activations are recomputed.
+    Operations are those of forward, a backward of twice as many, and forward again for layers that are recomputed.
     """
     system = build_system(config)
     collator, data, cost = system.collator, config.data, Cost(system.model_config)
-    passes = 4 if config.model.checkpointing else 3
+    passes = 3 + (1 / config.model.checkpointing if config.model.checkpointing else 0)
     seconds = dict.fromkeys(("read", "decode", "pixels", "tokens, masks, batch"), 0.0)
     tokens = flops = 0.0
     used = 0

@@ -9,13 +9,19 @@ import deepspeed
 from torch.distributed import ProcessGroup
 
 from swim.train.config import Config, engine_file
+from swim.train.profiles import check_device, check_profile
 from swim.train.system import System
 from swim.train.world import World
 
 
 def engine_config(config: Config, micro_batches: int, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed configuration: the named file plus what this program computes (batch sizes, type, clipping)."""
-    fields = json.loads(engine_file(config).read_text())
+    """The DeepSpeed configuration: the named file plus what this program computes (batch sizes, type, clipping).
+
+    ConfigError for a file with which a run could not be saved, resumed or guarded.
+    """
+    file = engine_file(config)
+    fields = json.loads(file.read_text())
+    check_profile(fields, str(file), ranks=world_size)
     parameters = fields.setdefault("optimizer", {"type": "AdamW"}).setdefault("params", {})
     parameters.update(lr=config.optim.lr, betas=list(config.optim.betas), weight_decay=config.optim.weight_decay)
     return fields | {
@@ -31,6 +37,7 @@ def engine_config(config: Config, micro_batches: int, world_size: int) -> dict[s
 def build_engine(config: Config, system: System, micro_batches: int, world: World, group: ProcessGroup | None) -> Any:
     """The engine with the system's model and optimizer inside; the ranks of `group` hold micro-batches together."""
     fields = engine_config(config, micro_batches, world.size)
+    check_device(fields, config.deepspeed, cuda=world.device.type == "cuda")
     from transformers.integrations import HfDeepSpeedConfig
 
     # While it lives, transformers makes (and loads) every parameter partitioned; zero.Init alone breaks its

@@ -38,7 +38,7 @@ from swim.train.memory import (
     model_states,
     parameters_of,
 )
-from swim.train.scaling import DEVICES, Traffic, Work, predict, scaling_page, traffic
+from swim.train.scaling import DEVICES, Strategy, Traffic, Work, predict, scaling_page, traffic
 from swim.train.stock import build_stock_model, tokenizer_and_config
 from swim.train.system import Request, System, build_system
 
@@ -125,7 +125,7 @@ class Model:
 
 def meta_model(config: Config, model_config: Any) -> Any:
     """The model of a run on the meta device: shapes without weights."""
-    source = config.model.model_copy(update={"path": None, "attention": "sdpa"})
+    source = config.model.model_copy(update={"path": None, "attention": "sdpa", "liger": False})
     with torch.device("meta"):
         return build_stock_model(source, model_config, seed=config.run.seed)
 
@@ -173,7 +173,6 @@ def _estimate(model: Model, setup: Setup, device: str | None, memory: int | None
         zero,
         world,
         element=element,
-        checkpointing=config.model.checkpointing,
         vision_flows=flows,
         embedding_flows=embedding,
     )
@@ -181,7 +180,8 @@ def _estimate(model: Model, setup: Setup, device: str | None, memory: int | None
     seconds = None
     if device is not None:
         one = work(model, setup, device)
-        seconds = predict(one, DEVICES[device], world, packs_per_step).seconds
+        strategy: Strategy = "hpz" if zero.hpz > 1 else "zero3"
+        seconds = predict(one, DEVICES[device], world, packs_per_step, strategy=strategy).seconds
         seconds += _host_seconds(states)
     return Estimate(
         ranks=world,
@@ -212,10 +212,11 @@ def work(model: Model, setup: Setup, device: str | None = None) -> Work:
     size = {part: sum(p.numel * p.element for p in parameters if p.part == part) for part in ("vision", "text")}
     ends = [p for p in parameters if p.part in ("embedding", "head")]
 
-    def passes(part: str) -> int:
+    def passes(part: str) -> float:
         # Adapters are a small part of the operations.
         trained = any(p.trained and ".lora_" not in p.name for p in parameters if p.part == part)
-        return 2 + trained + config.model.checkpointing
+        again = config.model.checkpointing
+        return 2 + trained + (1 / again if again else 0)
 
     # A frame's patches see each other, as in Cost.
     vision = sum(frame * (cost.patch + frame * cost.patch_pair) for frame in pack.frames) * setup.share
@@ -243,9 +244,9 @@ def _scaled(held: Activations, share: float) -> Activations:
 
 
 def _host_seconds(states: States) -> float:
-    """Seconds a step that offloaded states take: gradients out, weights back, and AdamW reading and writing 28 bytes
-    for the 14 it keeps."""
-    return states.host * (4 / 14 / HOST_LINK + 2 / HOST_MEMORY)
+    """Seconds a step that offloaded states take: gradients out, weights back, and AdamW reading and writing 36 bytes
+    for the 18 it keeps."""
+    return states.host * (4 / 18 / HOST_LINK + 2 / HOST_MEMORY)
 
 
 @dataclass(frozen=True)
@@ -277,6 +278,8 @@ def _levers(config: Config, zero: Zero) -> Iterator[Lever]:
         return lambda s: replace(s, ranks=s.ranks * factor)
 
     if not config.model.checkpointing:
+        yield Lever("checkpointing", "model.checkpointing=2", model(checkpointing=2))
+    if config.model.checkpointing != 1:
         yield Lever("checkpointing", "model.checkpointing=true", model(checkpointing=True))
     if zero.stage < 3:
         yield Lever("stage", f"{section}.stage=3", engine(stage=3))
@@ -407,7 +410,8 @@ def report(found: Estimate) -> str:
     sent = found.traffic
     lines += [
         f"traffic      {gib(_sent(found))} a step: all-gather {gib(sent.gathered)}, reduce-scatter "
-        f"{gib(sent.scattered)}, all-reduce {gib(sent.reduced)} a micro-batch, update {gib(sent.updated)} a step",
+        f"{gib(sent.scattered)}, all-reduce {gib(sent.reduced)} a micro-batch, update {gib(sent.updated)} a step"
+        + (f"; {gib(near)} of it inside nodes" if (near := sent.near(found.micro_batches)) else ""),
         f"steps        {found.steps:,}"
         + (f"; {found.step_seconds:.2f} s each by formula, not measured" if found.step_seconds else ""),
         f"checkpoint   {gib(found.checkpoint)} of all ranks; the saved model {gib(found.model)}",

@@ -79,7 +79,7 @@ class Parameter:
     group: int  # 0 with weight decay (matrices), 1 without
     element: int  # bytes; those of adapters may differ from the model's
     part: str = "text"  # vision | embedding | text | head
-    block: bool = False  # whether checkpointing runs it again: in a block, and not its last module
+    block: bool = False  # whether checkpointing runs it again: in a checkpointed block, and not its last module
 
     def padded(self, world: int) -> int:
         """Bytes of its partitions on so many ranks."""
@@ -87,18 +87,31 @@ class Parameter:
 
 
 _VISION = re.compile(r"visual|vision_tower|multi_modal_projector")
-_BLOCK = re.compile(r"\.(layers|blocks|layer)\.\d+\.(?!mlp\.(down_proj|linear_fc2|fc2)\.)")
+_BLOCK = re.compile(r"(.*\.(?:layers|blocks|layer)\.\d+)\.(?!mlp\.(?:down_proj|linear_fc2|fc2)\.)")
 
 
 def parameters_of(model: nn.Module) -> list[Parameter]:
     """Sizes of the parameters of a model, which may be on the meta device, in the order of their use; tied ones
     once."""
 
+    recomputed = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    }
+
     def size(name: str, p: Tensor) -> Parameter:
+        block = _BLOCK.match(name)
         part = "vision" if _VISION.search(name) else "embedding" if "embed_tokens" in name else "text"
         part = "head" if "lm_head" in name else part
         return Parameter(
-            name, p.numel(), p.requires_grad, int(p.dim() <= 1), p.element_size(), part, bool(_BLOCK.search(name))
+            name,
+            p.numel(),
+            p.requires_grad,
+            int(p.dim() <= 1),
+            p.element_size(),
+            part,
+            block is not None and block[1] in recomputed,
         )
 
     order = ("vision", "embedding", "text", "head")
@@ -132,14 +145,17 @@ def model_states(parameters: Sequence[Parameter], zero: Zero, world: int, *, ele
         # One rank alone gathers nothing: its partition is the parameter.
         small = [p for p in parameters if p.numel <= zero.persistence] if world > 1 else []
         whole = sum(p.padded(world) for p in small)
-        second = element * sum(-(-p.numel // zero.hpz) for p in parameters) if zero.hpz > 1 else 0
+        # Small trained ones stay whole instead.
+        copied = [p for p in parameters if p.numel > zero.persistence or not p.trained] if zero.hpz > 1 else []
+        second = sum(p.padded(world) // min(zero.hpz, world) for p in copied)
         large = [p.numel for p in parameters if p.numel > zero.persistence] if world > 1 else []
         gathered = min(sum(large), max(zero.live, max(large, default=0)) + zero.prefetch)
         optimizer = 12 * own  # a master copy also of fp32 weights
         gradients = element * own
         buffers = element * (zero.bucket + gathered)
         update = 4 * min(own, zero.sub_group) if element != 4 else 0
-        host = (optimizer + gradients if zero.offload_optimizer else 0) + (partitions * zero.offload_parameters)
+        # The host's Adam reads fp32 gradients of its own.
+        host = (optimizer + gradients + 4 * own if zero.offload_optimizer else 0) + partitions * zero.offload_parameters
         return States(
             weights=(0 if zero.offload_parameters else partitions) + whole + second,
             gradients=0 if zero.offload_optimizer else gradients,
@@ -248,8 +264,9 @@ class Tracer:
         self._text, self._vision = _part(stock, "language_model"), _part(stock, "visual", "vision_tower")
         self._projector = next((m for n, m in stock.named_modules() if n.endswith("multi_modal_projector")), None)
         self._head, self._embedding = stock.get_output_embeddings(), stock.get_input_embeddings()
-        self._flags = [m for m in stock.modules() if hasattr(m, "gradient_checkpointing")]
-        self.checkpointing = any(m.gradient_checkpointing for m in self._flags)
+        self._flags = {m: m.gradient_checkpointing for m in stock.modules() if hasattr(m, "gradient_checkpointing")}
+        # At the first recomputation what the layers behind it keep is gone: there is none but in the last layer.
+        self._recomputes = _blocks(self._text)[-1].gradient_checkpointing
         self._found: dict[int, Activations] = {}
         self._weights = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
         model.train()
@@ -265,10 +282,10 @@ class Tracer:
         kept, logits = self._text_bytes(pack, self._layers, flows=flows)
         plain, _ = self._text_bytes(pack, (), flows=flows)
         layer = 0
-        if self.checkpointing:
-            self._switch(False)
+        if self._recomputes:
+            self._switch(dict.fromkeys(self._flags, False))
             layer = (self._text_bytes(pack, self._layers, flows=flows)[0] - logits) // len(self._text.layers)
-            self._switch(True)
+            self._switch(self._flags)
         element = self._head.weight.element_size()
         of_logits = pack.labels * self._head.weight.shape[0] * (2 * element + 8) - logits
         of_layer = pack.tokens * 3 * self._text.config.intermediate_size * element
@@ -278,8 +295,8 @@ class Tracer:
         """Whether the backward pass goes through the vision tower, trained or not."""
         return self._vision_bytes(pack)[1]
 
-    def _switch(self, on: bool) -> None:
-        for module in self._flags:
+    def _switch(self, flags: dict[Any, bool]) -> None:
+        for module, on in flags.items():
             module.gradient_checkpointing = on
 
     def _text_bytes(self, pack: Pack, layers: tuple[int, ...], *, flows: bool) -> tuple[int, int]:

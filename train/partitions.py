@@ -189,6 +189,9 @@ def load_partitions(engine: Any, saved: Partitions) -> None:
                 start = torch.distributed.get_rank() * live.numel()
                 numel = max(0, min(live.numel(), numel - start))
             live.narrow(0, 0, numel).copy_(saved.read_frozen(name, start, numel))
+            if stage == 3:
+                # hpZ's second copy: DeepSpeed 0.19.8 renews those of trained parameters alone.
+                parameter.ds_secondary_tensor = None
     for name, buffer in engine.module.named_buffers():
         if name in saved.buffers:
             buffer.copy_(saved.buffers[name])

@@ -83,7 +83,7 @@ def load_run(run: Path) -> Config:
             f"{run / 'done.json'} is missing: the run is not finished; resume it with the same command"
         )
     data = yaml.safe_load((run / "config.yaml").read_text())
-    data["model"] |= {"path": str(run / "model"), "config": None, "tokenizer": None, "lora": None}
+    data["model"] |= {"path": str(run / "model"), "config": None, "tokenizer": None, "lora": None, "liger": False}
     return parse_config(data, source=str(run / "config.yaml"))
 
 

@@ -71,10 +71,15 @@ class Traffic:
     scattered: int = 0  # reduce-scatters of gradients in a micro-batch
     reduced: int = 0  # all-reduces of gradients in a micro-batch
     updated: int = 0  # all-gathers of updated weights in a step
+    once: int | None = None  # with hpZ: of a step's all-gathers, those of all ranks; the others stay in a node
 
     def of_step(self, micro_batches: int) -> int:
         """Bytes in a step."""
         return (self.gathered + self.scattered + self.reduced) * micro_batches + self.updated
+
+    def near(self, micro_batches: int) -> int:
+        """Bytes of those in a step that stay in a node."""
+        return 0 if self.once is None else self.gathered * micro_batches - self.once
 
 
 def traffic(
@@ -83,7 +88,6 @@ def traffic(
     world: int,
     *,
     element: int,
-    checkpointing: bool,
     vision_flows: bool,
     embedding_flows: bool,
 ) -> Traffic:
@@ -91,7 +95,7 @@ def traffic(
 
     ZeRO-3 gathers every weight in the forward and in the backward pass, what is used again within `zero.live` elements
     once, and checkpointed blocks a third time if a block has more than that. Its first two steps, in which it learns
-    the order, gather more.
+    the order, gather more. With hpZ a step gathers trained weights once from all ranks, and else from the node's copy.
     """
     trained = [p for p in parameters if p.trained]
     if world == 1:
@@ -105,11 +109,12 @@ def traffic(
             backward += p.padded(world) * (distance >= zero.live)
             distance += 2 * p.numel
         blocks = [p for p in again if p.block]
-        third = checkpointing and zero.live < max((p.numel for p in blocks), default=0)
+        third = zero.live < max((p.numel for p in blocks), default=0)
         return Traffic(
             gathered=sum(p.padded(world) for p in large) + backward + sum(p.padded(world) for p in blocks) * third,
             scattered=element * sum(-(-p.numel // world) * world for p in trained),
             updated=sum(p.padded(world) for p in parameters if p.numel <= zero.persistence),
+            once=sum(p.padded(world) for p in large if p.trained) if zero.hpz > 1 else None,
         )
     numel = sum(p.numel for p in trained)
     if zero.stage == 0:
@@ -145,8 +150,8 @@ class Work:
     head_dim: int
     element: int
     # Forward passes' worth of a step: 1, as much again where gradients flow, and for trained weights, and recomputed.
-    layer_passes: int
-    vision_passes: int
+    layer_passes: float
+    vision_passes: float
     efficiency: float = 0.4  # of the peak, an assumption: what published runs of dense models of this size report
 
     @property
@@ -177,8 +182,9 @@ def predict(
 ) -> Prediction:
     """A step of `packs` packs on so many devices, gradients reduced in every micro-batch as ZeRO-3 does.
 
-    hpz keeps a second copy of the weights within each node, from which the backward pass gathers (ZeRO++, arXiv
-    2306.10209); sequence divides each pack among the ranks that would have none, within a node and by heads.
+    hpz keeps a second copy of the weights within each node, from which a step gathers but for its first forward pass
+    (ZeRO++, arXiv 2306.10209); sequence divides each pack among the ranks that would have none, within a node and by
+    heads.
     """
     degree = 1
     while strategy == "sequence" and packs * degree * 2 <= world and degree * 2 <= network.per_node:
@@ -198,10 +204,10 @@ def predict(
     exchange = exchanged * (degree - 1) / degree / device.link + (4 * network.hop if degree > 1 else 0)
     compute = exposed = 0.0
 
-    def both(seconds: float, hidden: float, open_: float = 0.0) -> None:
+    def both(number: int, seconds: float, hidden: float, open_: float = 0.0) -> None:
         nonlocal compute, exposed
-        compute += seconds
-        exposed += max(0.0, hidden - seconds) + open_
+        compute += number * seconds
+        exposed += number * (max(0.0, hidden - seconds) + open_)
 
     for size, flops, count, passes in (
         (work.layer_bytes, work.layer_flops / degree, work.layers, work.layer_passes),
@@ -210,13 +216,14 @@ def predict(
         (work.head_bytes, work.head_flops / degree, 1, 3),
     ):
         open_ = exchange if count > 1 else 0.0
-        for _ in range(count):
-            both(flops / rate, network.gather(size, world, device), open_)
-            if passes > 1:
-                hidden = network.gather(size, again, device) + network.gather(size, world, device)
-                both((passes - 1) * flops / rate, hidden, (passes - 1) * open_)
-    seconds = micro_batches * (compute + exposed)
-    return Prediction(seconds, micro_batches * compute, micro_batches * exposed, packs * work.tokens / seconds)
+        # The first micro-batch's forward pass gathers updated weights.
+        both(count, flops / rate, network.gather(size, world, device), open_)
+        both(count * (micro_batches - 1), flops / rate, network.gather(size, again, device), open_)
+        if passes > 1:
+            hidden = network.gather(size, again, device) + network.gather(size, world, device)
+            both(count * micro_batches, (passes - 1) * flops / rate, hidden, (passes - 1) * open_)
+    seconds = compute + exposed
+    return Prediction(seconds, compute, exposed, packs * work.tokens / seconds)
 
 
 def hiding_tokens(work: Work, device: Device, world: int, network: Network = Network()) -> int:
@@ -297,8 +304,9 @@ _PAGE = """# Scaling
 Written by `make scaling` (`swim estimate {recipe} --scaling`); a test says when it is stale.
 
 **Every time here is a formula's, not a measurement**: nothing of this size was run. The formulas are
-`train/scaling.py`. The bytes of ZeRO's collectives are equal to those counted on real engines with 2 and 4 ranks
-(`tests/train/test_estimate.py`); those of hpZ and of sequence parallelism, and all times, are checked against nothing.
+`train/scaling.py`. The bytes of ZeRO's collectives are equal to those counted on real engines with 2 and 4 ranks,
+those of hpZ with 4 (`tests/train/test_estimate.py`); those of sequence parallelism, and all times, are checked against
+nothing.
 Loading is taken to be hidden; `swim data bench --recipe` measures what it costs.
 
 ## Formulas
@@ -309,7 +317,7 @@ Loading is taken to be hidden; `swim data bench --recipe` measures what it costs
 | backward | a forward pass's worth where gradients flow, another for trained weights, another for checkpointed layers |
 | its time | operations / ({efficiency} x {tflops:.0f} TFLOP/s): an assumed share of the peak |
 | ZeRO-3, a layer | weights gathered forward and backward, gradients reduce-scattered, in every micro-batch |
-| hpZ | the backward gather stays inside the node; costs an eighth of the weights in memory |
+| hpZ | a step gathers once from all ranks, then inside the node; costs an eighth of the weights in memory |
 | sequence parallelism | four all-to-alls a layer and pass inside a node; the vision tower runs whole on every rank |
 | gather of B bytes | max(B (k-1)/k / {link:.0f} GB/s, B (n-1)/n / {node:.0f} GB/s), k ranks a node, n nodes |
 | its latency | a ring: {hop} us a hop inside a node, {node_hop:.0f} us between nodes (assumed) |

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from swim.train.attention import enable_checkpointing, register_capture
 from swim.train.config import ConfigError, ModelConfig
 from swim.train.families import FAMILIES
+from swim.train.liger import apply_liger, wants_liger
 from swim.train.lora import add_lora
 from swim.train.tokenizer import adopt_family, control_token_fields, load_tokenizer, train_tokenizer
 
@@ -44,12 +45,15 @@ def build_stock_model(source: ModelConfig, config: Any, *, seed: int) -> nn.Modu
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
     register_capture(model)
+    if wants_liger(source.liger):
+        apply_liger(model)
     base = model
     if source.lora is not None:
         torch.manual_seed(seed)  # the adapters' first values, the same on every rank
         model = add_lora(model, source.lora)
     if source.checkpointing:
-        enable_checkpointing(base)  # behind peft, which would have inputs require gradients
+        # Behind peft, which would have inputs require gradients.
+        enable_checkpointing(base, every=int(source.checkpointing))
     for pattern in source.freeze:
         matched = [p for name, p in model.named_parameters() if re.search(pattern, name)]
         if not matched:

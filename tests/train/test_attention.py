@@ -5,9 +5,11 @@ import pytest
 import torch
 from tiny import gradients, largest_difference, make_batch, make_data, requests, tiny_config
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from swim.kernels.noun_attention import noun_attention
 from swim.train.attention import Capture, enable_checkpointing, register_capture
+from swim.train.loop import combine
 from swim.train.system import Progress, Request, build_system
 from swim.train.systems.swim.data import SwimBatch
 from swim.train.systems.swim.objective import noun_maps
@@ -108,7 +110,7 @@ def test_full_scope_is_the_softmax_over_all_tokens_of_the_conversation(shards, o
         torch.testing.assert_close(flat, torch.cat(rows), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 2])
 @pytest.mark.parametrize("loss", ["kl", "bce"])
 def test_gradients_of_text_and_mask_loss_equal_those_through_eager_attention(shards, checkpointing, loss):
     system, model = build(shards, f"system.loss={loss}", f"model.checkpointing={checkpointing}")
@@ -192,6 +194,26 @@ def test_nothing_is_passed_back_through_a_frozen_tower_and_what_is_trained_has_t
         found[checkpointing] = gradients(model)
     assert largest_difference(found[False], found[True]) < 1e-6
     assert max(float(gradient.abs().max()) for gradient in found[True].values()) > 1e-3
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_every_nth_layer_is_recomputed_and_gradients_are_those_without(shards, every):
+    """The layers that transformers itself would take; supervised layers 1 and 3 are among those recomputed, and not."""
+    found = {}
+    for checkpointing in (False, every):
+        system, model = build(shards, f"model.checkpointing={checkpointing}")
+        batch = make_batch(system, shards, [0, 1])
+        terms = system.loss(model, batch, PROGRESS)
+        assert terms["mask"].sum.requires_grad
+        combine(terms, batch.counts).backward()
+        found[checkpointing] = gradients(model)
+    assert largest_difference(found[False], found[every]) < 1e-6
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    flags = [layer.gradient_checkpointing for layer in layers]
+    assert sum(flags) == -(-len(flags) // every)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(every_n_layers=every)
+        assert [layer.gradient_checkpointing for layer in layers] == flags
 
 
 def test_reentrant_checkpointing_is_an_error_not_a_silent_zero(shards):

@@ -88,19 +88,19 @@ def compare(folder: Path, shards, cases: list[list[str]], world: int) -> None:
             zero,
             world,
             element=element,
-            checkpointing=config.model.checkpointing,
             vision_flows=flows,
             embedding_flows=flows or not config.model.lora,
         )
         for rank in found:
-            assert (rank["weights"], rank["gradients"], rank["optimizer"]) == (
-                want.weights,
-                want.gradients,
-                want.optimizer,
-            ), case
+            held = [rank[name] for name in ("weights", "gradients", "optimizer")]
+            if want.host:  # one memory here: what is on the host cannot be told from the rest
+                assert sum(held) + rank["host gradients"] == want.kept + want.host, case
+            else:
+                assert held == [want.weights, want.gradients, want.optimizer], case
             if world > 1 and not config.model.lora:
-                total = sum(rank["sent"][-1].values())
-                assert total == sent.of_step(rank["micro_batches"]), (case, rank["sent"], sent)
+                carried, near = rank["sent"][-1], sent.near(rank["micro_batches"])
+                assert sum(carried.values()) == sent.of_step(rank["micro_batches"]), (case, rank["sent"], sent)
+                assert near == (carried[f"all_gather_into_tensor of {zero.hpz}"] if zero.hpz > 1 else 0), case
 
 
 def test_states_and_collectives_are_those_of_engines_on_two_ranks(shards, tmp_path):
@@ -114,8 +114,13 @@ def test_states_and_collectives_are_those_of_engines_on_two_ranks(shards, tmp_pa
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_states_and_collectives_are_those_of_engines(shards, tmp_path, world):
     z2, z3 = (engine_json(tmp_path, f"z{stage}", stage=stage) for stage in (2, 3))
-    bf16, checkpointing = "model.dtype=bfloat16", "model.checkpointing=true"
-    cases = [[z3, bf16], [z3, checkpointing], [z3, bf16, "model.lora={rank: 4}"], [z2], [z2, bf16]]
+    bf16, checkpointing = "model.dtype=bfloat16", "model.checkpointing"
+    cases = [[z3, bf16], [z3, f"{checkpointing}=true"], [z3, f"{checkpointing}=2"]]
+    cases += [[z3, bf16, "model.lora={rank: 4}"], [z2], [z2, bf16]]
+    host = {"device": "cpu"}
+    cases.append([engine_json(tmp_path, "off", stage=3, offload_optimizer=host, offload_param=host), bf16])
+    if world == 4:  # two nodes of two; the last, its groups of ranks stay with the process
+        cases.append([engine_json(tmp_path, "hpz", stage=3, zero_hpz_partition_size=2), bf16, "model.freeze=[visual]"])
     compare(tmp_path, shards, cases, world)
 
 
@@ -137,7 +142,7 @@ class Kept(torch.autograd.graph.saved_tensors_hooks):
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 2, 3])
 @pytest.mark.parametrize(
     "options",
     [
@@ -163,7 +168,8 @@ def test_activations_and_maps_are_those_of_a_real_step(shards, options, checkpoi
     found = tracer.activations(Pack.of(batch, system.model_config))
     assert found.kept == pytest.approx(kept.bytes, rel=0.15)
     assert map_bytes(batch.table, system.layers) == sum(m.nbytes for m in captures[0].maps().values())
-    assert bool(found.recomputed) == checkpointing
+    # Of six layers, two of the vision tower first, every third spares the last.
+    assert bool(found.recomputed) == (checkpointing is True)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -204,7 +210,7 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, 2, 5])
 @pytest.mark.parametrize(
     "options",
     [[SHARED], [SHARED, "data.packed=true", "model.freeze=[visual]", "model.dtype=bfloat16"], []],
