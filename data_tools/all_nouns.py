@@ -1,7 +1,7 @@
 """The nouns of a text, for marking: given by `<ins>` tags, else found by spaCy or by the built-in rules.
 
-Unlike `nouns.first_phrase`, which gives up rather than name a wrong noun, this looks at every phrase of the text: what it
-misses or marks too much costs a click.
+Unlike `nouns.first_phrase`, which gives up rather than name a wrong noun, this looks at every phrase of the text: what
+it misses or marks too much costs a click.
 """
 
 import re

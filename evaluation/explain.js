@@ -118,11 +118,15 @@ function prepare() {
 }
 
 const colourAt = (share) => 4 * Math.round(255 * Math.min(1, Math.sqrt(share)));
-const currentFrame = () => Math.min(data.film.frames - 1, Math.floor(video.currentTime * data.film.fps + 0.01));
+const frameAt = (seconds) => Math.min(data.film.frames - 1, Math.floor(seconds * data.film.fps + 0.01));
+const goTo = (frame) => (video.currentTime = (frame + 0.5) / data.film.fps);
 
-function drawFrame() {
-  const frame = currentFrame();
-  $("now").textContent = `frame ${frame} of ${data.film.frames}, ${(frame / data.film.fps).toFixed(2)} s`;
+// `seconds` of the frame on screen, where the browser says it.
+function drawFrame(seconds = video.currentTime) {
+  const frame = frameAt(seconds);
+  $("now").textContent = `frame ${frame}, ${(frame / data.film.fps).toFixed(2)} s`;
+  $("seek").value = frame;
+  $("play").textContent = video.paused ? "Play" : "Pause";
   shown.forEach((one, number) => {
     const figure = document.querySelector(`figure[data-view="${number}"]`);
     const [picture, heat, outline] = figure.querySelectorAll("canvas");
@@ -194,9 +198,9 @@ function drawOutline(canvas, frame) {
   const key = `${thing.id} ${at}`;
   if (!outlines.has(key)) outlines.set(key, outlineOf(thing.masks[at], canvas));
   context.lineJoin = context.lineCap = "round";
-  for (const [colour, width] of [["black", 5], ["white", 2.2]]) {
+  for (const [colour, width] of [["black", 3.6], ["white", 1.6]]) {
     context.strokeStyle = colour;
-    context.lineWidth = (width * canvas.width) / 640;
+    context.lineWidth = (width * canvas.width) / (canvas.clientWidth || canvas.width);
     context.stroke(outlines.get(key));
   }
   return "";
@@ -288,12 +292,13 @@ function evenCurve({ view }) {
   return coverage.map((step) => (step && step.some(Boolean) ? step.filter(Boolean).length / step.length : null));
 }
 
-const PLOT = { left: 42, right: 506, top: 10, bottom: 150 };
+const PLOT = { left: 42, right: 500, top: 10, bottom: 150 };
 const timeX = (seconds) => PLOT.left + ((PLOT.right - PLOT.left) * seconds) / (data.film.frames / data.film.fps);
 
 function drawCurve() {
   const svg = $("curve"), thing = chosenObject();
   svg.replaceChildren();
+  PLOT.right = svg.clientWidth - 12;
   const curves = shown.filter((one) => one.map).map((one) => ({ ...one, values: curveOf(one) }));
   const most = thing ? 1 : Math.max(...curves.flatMap((one) => one.values), 1e-9);
   const y = (value) => PLOT.bottom - ((PLOT.bottom - PLOT.top) * value) / most;
@@ -401,14 +406,17 @@ for (const id of ["scope", "layer", "head", "sinks", "object", "outline", "heat"
 $("speed").addEventListener("change", () => (video.playbackRate = Number($("speed").value)));
 $("get").addEventListener("click", save);
 $("curve").addEventListener("click", (event) => {
-  const box = $("curve").getBoundingClientRect(), x = ((event.clientX - box.left) / box.width) * 520;
-  video.currentTime = Math.min(Math.max((x - PLOT.left) / (PLOT.right - PLOT.left), 0), 0.999) * (data.film.frames / data.film.fps);
+  const share = (event.clientX - $("curve").getBoundingClientRect().left - PLOT.left) / (PLOT.right - PLOT.left);
+  goTo(Math.floor(Math.min(Math.max(share, 0), 0.999) * data.film.frames));
 });
-for (const name of ["loadeddata", "seeked", "pause", "play"]) video.addEventListener(name, drawFrame);
+$("play").addEventListener("click", () => (video.paused ? video.play() : video.pause()));
+$("seek").addEventListener("input", () => goTo(Number($("seek").value)));
+for (const name of ["loadeddata", "seeked", "pause", "play"]) video.addEventListener(name, () => drawFrame());
+window.addEventListener("resize", prepare);
 if (video.requestVideoFrameCallback) {
-  const again = () => { drawFrame(); video.requestVideoFrameCallback(again); };
+  const again = (_, now) => { drawFrame(now.mediaTime); video.requestVideoFrameCallback(again); };
   video.requestVideoFrameCallback(again);
 } else {
-  video.addEventListener("timeupdate", drawFrame);
+  video.addEventListener("timeupdate", () => drawFrame());
 }
 prepare();

@@ -3,8 +3,8 @@
 The page holds the video, the maps as bytes and a script of its own (explain.js beside this file). Its policy lets that
 script run, by its hash, and nothing else; every string from data is escaped by the template or travels as JSON.
 
-A map of h x w cells at one step is stored as 8-bit square roots of its shares of the step's highest cell, with that cell
-in fp32: a cell is wrong by 0.4 % of the highest one at most.
+A map of h x w cells at one step is stored as 8-bit square roots of its shares of the step's highest cell, with that
+cell in fp32: a cell is wrong by 0.4 % of the highest one at most.
 """
 
 import base64
@@ -62,9 +62,10 @@ class Word:
 class View:
     """One model's side: its answer, the words of prompt and answer, and what was kept of their attention.
 
-    `maps` holds per layer fp32 [words + 1, 2 + heads, V]: planes as in train/explain/row_maps.py, the last entry is the map that
-    all text tokens share. `coverages` gives per object and step the mask's share of each cell [h, w], None where it is
-    not annotated. `about_training` says what the model was trained on; `warns` if this video is none of that.
+    `maps` holds per layer fp32 [words + 1, 2 + heads, V]: planes as in train/explain/row_maps.py, the last entry is the
+    map that all text tokens share. `coverages` gives per object and step the mask's share of each cell [h, w], None
+    where it is not annotated. `about_training` says what the model was trained on; `warns` if this video is none of
+    that.
     """
 
     name: str
@@ -204,16 +205,15 @@ def plane_names(heads: Sequence[int]) -> list[str]:
 
 def _packed(view: View, objects: Sequence[Object]) -> dict[str, Any]:
     steps, height, width = view.grid
-    entries = 1 + max(
-        (word.entry for word in (*view.prompt_words, *view.answer_words) if word.entry is not None), default=-1
-    )
-    shape = (entries + 1, 2 + len(view.heads), steps * height * width)
-    if bad := next((layer for layer, planes in view.maps.items() if planes.shape != shape), None):
-        raise ValueError(f"{view.name}: the maps of layer {bad} are {view.maps[bad].shape}, the words need {shape}")
+    words = sum(word.entry is not None for word in (*view.prompt_words, *view.answer_words))
+    shape = (words + 1, 2 + len(view.heads), steps * height * width)
+    for layer, planes in view.maps.items():
+        if planes.shape != shape:
+            raise ValueError(f"{view.name}: the maps of layer {layer} are {planes.shape}, the words need {shape}")
     if len(view.frames) != steps:
         raise ValueError(f"{view.name}: {len(view.frames)} lists of frames for {steps} steps")
-    stacked = np.stack([*view.maps.values()]).reshape(len(view.maps), *shape[:2], steps, height * width)
-    levels, highest = pack(stacked)
+    by_step = (len(view.maps), *shape[:2], steps, height * width)
+    levels, highest = pack(np.stack([*view.maps.values()]).reshape(by_step))
     return {
         "name": view.name,
         "answer": view.answer,

@@ -19,6 +19,7 @@ from swim.train.explain.look import Options, Subject, look
 from swim.train.explain.sources import distinct, find_source
 
 CRF = 28  # of the video in the page
+NAMELESS = "object"  # of a mask file that names none: what the first noun of the prompt says
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,11 @@ def explain(
     sources = [find_source(name) for name in models]
     views = [look(subject, prompt, nouns, source, options, share=len(models)) for source in sources]
     views = [replace(view, name=name) for view, name in zip(views, distinct([view.name for view in views]))]
-    objects = [
-        Object(id, subject.labels.get(id, id), {f: None if rle is None else rle.model_dump() for f, rle in frames.items()})
-        for id, frames in subject.masks.items()
-    ]
+    objects = []
+    for id, masks in subject.masks.items():
+        label = subject.labels.get(id) or (prompt[slice(*nouns[0])] if id == NAMELESS and nouns else id)
+        rles = {frame: None if rle is None else rle.model_dump() for frame, rle in masks.items()}
+        objects.append(Object(id, label, rles))
     sizes = write_page(out, prompt=prompt, film=film, views=views, objects=objects, nouns_by=nouns_by)
     if cells is not None:
         cells.write_text(json.dumps(raw_cells(views, prompt=prompt, film=film)) + "\n")
@@ -89,7 +91,7 @@ def read_masks(path: Path) -> Masks:
     """Masks of a JSON file in one of the forms that `video_subject` takes."""
     try:
         data = json.loads(path.read_text())
-        by_object = data if not all(key.isdecimal() for key in data) else {"object": data}
+        by_object = data if not all(key.isdecimal() for key in data) else {NAMELESS: data}
         return {
             id: {int(frame): _rle(value) for frame, value in sorted(frames.items(), key=lambda item: int(item[0]))}
             for id, frames in by_object.items()

@@ -1,7 +1,7 @@
 """What one model answers about a video and where its words look: rows of attention in, a `View` of the page out.
 
-The answer comes from the stock `generate`. Then prompt and answer go through the model once more, as the very tokens that
-were generated, and `RowMaps` reads the rows of their words in every layer that is kept.
+The answer comes from the stock `generate`. Then prompt and answer go through the model once more, as the very tokens
+that were generated, and `RowMaps` reads the rows of their words in every layer that is kept.
 """
 
 import platform
@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class _Contents:
     left_out: tuple[str, ...]
 
 
-class _Model:
+class Loaded:
     """A loaded model with what makes its inputs."""
 
     def __init__(self, config: Config) -> None:
@@ -116,12 +117,18 @@ class _Model:
 
     @torch.no_grad()
     def generate(self, asked: Encoded, clip: Clip, limit: int) -> list[int]:
-        """Ids of the greedy answer, with the token that ends it if it ends within `limit` tokens."""
+        """Ids of the greedy answer without vision placeholders; the token that ends it is among them if it comes."""
         types = torch.from_numpy(asked.types)[None]
         ids = torch.from_numpy(asked.ids)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self.family.inputs([clip], types)}
+        # An answer with a placeholder for vision could not be read again: there is nothing to put in its place.
+        places = {getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
         greedy = GenerationConfig(
-            max_new_tokens=limit, do_sample=False, pad_token_id=self._pad(), eos_token_id=self.tokenizer.eos_token_id
+            max_new_tokens=limit,
+            do_sample=False,
+            suppress_tokens=sorted(places),
+            pad_token_id=self._pad(),
+            eos_token_id=self.tokenizer.eos_token_id,
         )
         tokens = self.model.generate(**{k: v.to(self.device) for k, v in inputs.items()}, generation_config=greedy)
         return [int(token) for token in tokens[0, ids.shape[1] :]]
@@ -135,7 +142,7 @@ class _Model:
         found = find_nouns(text, nouns)[0]
         words = []
         for start, end in words_of(text):
-            columns = [first + i for i, (a, b) in enumerate(zip(ends, ends[1:])) if max(a, start) < min(b, end)]
+            columns = [first + i for i, (a, b) in enumerate(pairwise(ends)) if max(a, start) < min(b, end)]
             words.append(_Tokens(start, end, _is_noun((start, end), found), tuple(columns)))
         return text, words
 
@@ -162,7 +169,7 @@ def look(
     ValueError for frames that cannot be decoded, a prompt without words behind the clip, or maps that do not fit.
     """
     config = source.config_with(options.frames, options.pixels)
-    model = _Model(config)
+    model = Loaded(config)
     text_config = model.config.get_text_config()
     clip = model.load_clip(subject)
     asked, words = model.encode(prompt, nouns, clip)
@@ -179,7 +186,7 @@ def look(
     )
     if contents.nouns_only:
         words, own = ([w if w.noun else replace(w, columns=()) for w in some] for some in (words, own))
-    sequence = _appended(asked, generated)
+    sequence = appended(asked, generated)
     capture = RowMaps(
         range(asked.prefix, len(sequence.ids)),
         [word.columns for word in (*words, *own) if word.columns],
@@ -238,7 +245,8 @@ def choose_contents(
             return _Contents(chosen, heads, nouns_only, (said,) if lost else ())
     if not any(nouns):
         raise ValueError(
-            "no word that stands behind the video is a noun, and the maps of all words do not fit the page; mark one with <ins>...</ins>, or raise --page-mib"
+            f"the maps of {len(nouns)} words do not fit the page, and none is a noun behind the video; mark one "
+            "with <ins>...</ins>, or raise --page-mib"
         )
     raise ValueError(
         f"the maps of {sum(nouns)} nouns in {len(few)} layers over {cells} cells take {size / 2**20:.3g} MiB, the page "
@@ -257,7 +265,7 @@ def _is_noun(span: tuple[int, int], nouns: Sequence[tuple[int, int]]) -> bool:
     return any(max(span[0], start) < min(span[1], end) for start, end in nouns)
 
 
-def _appended(asked: Encoded, generated: Sequence[int]) -> Encoded:
+def appended(asked: Encoded, generated: Sequence[int]) -> Encoded:
     """The sequence of prompt and answer."""
     new = np.array(generated, dtype=np.int64)
     return replace(
@@ -275,14 +283,15 @@ def _shown(word: _Tokens, entries: Iterator[int]) -> Word:
 
 
 def _provenance(
-    subject: Subject, source: Source, config: Config, model: _Model, clip: Clip, num_generated: int
+    subject: Subject, source: Source, config: Config, model: Loaded, clip: Clip, num_generated: int
 ) -> dict[str, Any]:
+    info = subject.info
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     steps, rows, columns = clip.grid
     weights = sum(parameter.numel() for parameter in model.model.parameters())
     return {
-        "video": f"{subject.name}, {subject.info.width}x{subject.info.height}, {subject.info.num_frames} frames, {subject.info.fps:.4g}/s",
+        "video": f"{subject.name}, {info.width}x{info.height}, {info.num_frames} frames, {info.fps:.4g}/s",
         "source of the video": subject.source or "a file; unknown",
         "model": f"{model.config.model_type}, {weights / 1e6:.3g} M parameters",
         "weights (SHA-256)": safetensors_digest(Path(str(source.config.model.path)))[:16],

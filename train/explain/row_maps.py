@@ -11,8 +11,8 @@ Planes kept of every word in every layer, V values each:
     1          mean over heads of the attention itself; its sum is the share of the word's attention on the video
     2, 3, ...  the attention itself of each chosen head
 A word of several tokens has the mean of their maps. The entry behind the last word is the *shared* map: for each head
-and key the median over all text rows (of an even number the lower one in the middle), that is where tokens look whatever
-they mean; its plane 0 is the mean over heads of that median, renormalised within each step.
+and key the median over all text rows (of an even number the lower one in the middle), that is where tokens look
+whatever they mean; its plane 0 is the mean over heads of that median, renormalised within each step.
 """
 
 from collections.abc import Sequence
