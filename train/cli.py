@@ -231,7 +231,7 @@ def explain(
     answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 64,
     nouns: Annotated[str, typer.Option(help="Who finds nouns without tags: auto, spacy, built-in.")] = "auto",
     side: Annotated[int, typer.Option(min=64, help="Shorter side in pixels of the video in the page.")] = 360,
-    page_mib: Annotated[float, typer.Option(min=0.01, help="Maps in the page, at most; what goes is named.")] = 12.0,
+    page_mib: Annotated[float, typer.Option(min=0, help="Maps in the page, at most; what goes is named.")] = 12.0,
 ) -> None:
     """Write a page that plays the video with the attention of each word of prompt and answer. Needs no GPU."""
     from swim.train.explain.command import explain as explained

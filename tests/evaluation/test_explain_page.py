@@ -280,7 +280,9 @@ def test_heat_and_contour_lie_on_the_object(driver: Any, tmp_path: Path) -> None
         truth = decode_mask(masks[frame])[::2, ::2]
         # The line is drawn on the border: the mask reaches into it everywhere and nowhere beyond it.
         assert (truth & ~enclosed).sum() < 0.002 * truth.sum(), f"the contour at frame {frame} leaves out mask"
-        assert (enclosed & ~line & ~binary_fill_holes(truth)).sum() < 0.002 * truth.sum(), f"the contour at frame {frame} is too wide"
+        assert (enclosed & ~line & ~binary_fill_holes(truth)).sum() < 0.002 * truth.sum(), (
+            f"the contour at frame {frame} is too wide"
+        )
         assert _iou(heat, truth) > 0.85, f"the heat at frame {frame} is not on the mask"
         for a, b in zip(_centre(heat), _centre(enclosed)):
             assert abs(a - b) < 4, "half a cell"

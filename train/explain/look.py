@@ -136,13 +136,16 @@ class Loaded:
     def answer_words(self, generated: Sequence[int], first: int, nouns: str) -> tuple[str, list[_Tokens]]:
         """Text of a generated answer whose first token has the column `first`, and its words."""
         texts = [self._decode(generated[:end]) for end in range(len(generated) + 1)]
-        # A character of several tokens is there once the last of them is.
         ends = [len(text.rstrip("\N{REPLACEMENT CHARACTER}")) for text in texts]
-        text = texts[-1]
+        spans = list(pairwise(ends))
+        # A character of several tokens is there with the last of them, and belongs to all.
+        for i in reversed(range(len(spans) - 1)):
+            if len(texts[i + 1]) > ends[i + 1]:
+                spans[i] = (spans[i][0], spans[i + 1][1])
+        text, words = texts[-1], []
         found = find_nouns(text, nouns)[0]
-        words = []
         for start, end in words_of(text):
-            columns = [first + i for i, (a, b) in enumerate(pairwise(ends)) if max(a, start) < min(b, end)]
+            columns = [first + i for i, (a, b) in enumerate(spans) if max(a, start) < min(b, end)]
             words.append(_Tokens(start, end, _is_noun((start, end), found), tuple(columns)))
         return text, words
 
