@@ -86,9 +86,17 @@ class View:
 
 
 def write_page(
-    out: Path, *, prompt: str, film: Film, views: Sequence[View], objects: Sequence[Object] = (), nouns_by: str = ""
+    out: Path,
+    *,
+    prompt: str,
+    film: Film,
+    views: Sequence[View],
+    objects: Sequence[Object] = (),
+    nouns_by: str = "",
+    reference: str | None = None,
 ) -> dict[str, int]:
-    """Write the page for one or two models; returns the bytes of the page, and of video and maps inside it.
+    """Write the page for one or two models, with the right answer if one is known; returns the bytes of the page, and
+    of video and maps inside it.
 
     ValueError for another number of models, or for maps that do not fit their grid.
     """
@@ -106,6 +114,7 @@ def write_page(
         views=views,
         objects=objects,
         nouns_by=nouns_by,
+        reference=reference,
         colours=ARM_COLOURS,
         texts=[pieces(prompt, views[0].prompt_words), *(pieces(view.answer, view.answer_words) for view in views)],
         # Not escaped, because it is our own file; its hash in the policy is of these very characters.

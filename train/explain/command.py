@@ -52,7 +52,10 @@ def explain(
         label = subject.labels.get(id) or (prompt[slice(*nouns[0])] if id == NAMELESS and nouns else id)
         rles = {frame: None if rle is None else rle.model_dump() for frame, rle in masks.items()}
         objects.append(Object(id, label, rles))
-    sizes = write_page(out, prompt=prompt, film=film, views=views, objects=objects, nouns_by=nouns_by)
+    reference = subject.answers.get(prompt)
+    sizes = write_page(
+        out, prompt=prompt, film=film, views=views, objects=objects, nouns_by=nouns_by, reference=reference
+    )
     if cells is not None:
         cells.write_text(json.dumps(raw_cells(views, prompt=prompt, film=film)) + "\n")
     said = [f"{view.name}: {text}" for view in views for text in (view.about_training, *view.left_out)]
@@ -75,7 +78,7 @@ def video_subject(video: Path, mask: Path | None) -> Subject:
         masks = {id: {n: of[f] for n, f in enumerate(frame_map) if f in of} for id, of in masks.items()}
     if late := [f for frames in masks.values() for f in frames if not 0 <= f < info.num_frames]:
         raise ValueError(f"{mask}: frame {late[0]} has a mask, the video has frames 0 to {info.num_frames - 1}")
-    return Subject(video.name, data, info, None, masks, {})
+    return Subject(video.name, data, info, None, masks, {}, {})
 
 
 def sample_subject(folder: str, key: str) -> Subject:
@@ -84,7 +87,9 @@ def sample_subject(folder: str, key: str) -> Subject:
     if not sample.record.media or sample.record.media[0].kind != "video":
         raise ValueError(f"{key}: its record has no video; choose another key of {folder}")
     labels = {thing.id: thing.label for thing in sample.record.objects}
-    return Subject(key, video := sample.media(), probe(video), sample.record.source, sample.masks, labels)
+    answers = {talk.turns[-2].text: talk.turns[-1].text for talk in sample.record.conversations if len(talk.turns) == 2}
+    video = sample.media()
+    return Subject(key, video, probe(video), sample.record.source, sample.masks, labels, answers)
 
 
 def read_masks(path: Path) -> Masks:

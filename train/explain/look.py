@@ -37,7 +37,8 @@ from swim.train.systems.swim.targets import step_coverages
 
 @dataclass(frozen=True)
 class Subject:
-    """What is looked at: a video with a constant rate, where it is from (None: unknown), and masks with labels."""
+    """What is looked at: a video with a constant rate, where it is from (None: unknown), masks with labels, and the
+    answers that its record gives to prompts."""
 
     name: str
     video: bytes
@@ -45,6 +46,7 @@ class Subject:
     source: str | None
     masks: Masks
     labels: Mapping[str, str]
+    answers: Mapping[str, str]
 
 
 @dataclass(frozen=True)
