@@ -21,11 +21,10 @@ def chromium() -> Iterator[Any]:
         pytest.skip(f"{' and '.join(missing)} not found; apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = paths["chromium"]
-    # A proxy that does not answer: whatever asks for a host gets nothing, and is in the log all the same.
+    # A proxy that does not answer: whatever asks for a host but this one gets nothing, and is in the log all the same.
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--window-size=1280,1200"):
         options.add_argument(argument)
     options.add_argument("--proxy-server=127.0.0.1:9")
-    options.add_argument("--proxy-bypass-list=<-loopback>")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths["chromedriver"]))
     try:

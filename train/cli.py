@@ -234,13 +234,20 @@ def explain(
     page_mib: Annotated[float, typer.Option(min=0, help="Maps in the page, at most; what goes is named.")] = 12.0,
 ) -> None:
     """Write a page that plays the video with the attention of each word of prompt and answer. Needs no GPU."""
+    from swim.data_tools.shards import ShardSet
     from swim.train.explain.command import explain as explained
     from swim.train.explain.command import sample_subject, video_subject
     from swim.train.explain.look import Options
 
-    if (key is None) == Path(video).is_dir() or (key is not None and mask is not None):
-        raise ValueError(f"{video}: give a video file, with --mask if there is one, or a folder of shards with --key")
-    subject = video_subject(Path(video), mask) if key is None else sample_subject(video, key)
+    if Path(video).is_file() if key is not None else Path(video).is_dir():
+        raise ValueError(f"{video}: give a video file without --key, or a folder of shards with it")
+    if key is not None and mask is not None:
+        raise ValueError(f"--mask {mask}: the masks of --key {key} are its own; give one of them")
+    if key is None:
+        subject = video_subject(Path(video), mask)
+    else:
+        check_key(shards := ShardSet(video), key)
+        subject = sample_subject(shards, key)
     options = Options(frames, pixels, layers, nouns, answer_tokens, side, page_mib)
     models = [model, *([compare] if compare else [])]
     found = explained(subject, prompt, models, out, cells=cells, options=options)

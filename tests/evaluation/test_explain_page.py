@@ -3,6 +3,7 @@ no network, and runs nothing that its data says."""
 
 import http.server
 import json
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from browser import choose, chromium, open_page, painted, pixels, requests_of, seek
 from footage import footage_dir
+from processes import ROOT
 from scipy.ndimage import binary_fill_holes
 
 from swim.data_tools.reencode import reencode
@@ -191,7 +193,7 @@ def test_sinks_are_what_all_words_share(film: Film, tmp_path: Path, driver: Any)
     made = view()
     for planes in made.maps.values():
         planes[:] = 0
-        planes[:, :, [0, 16]] = 0.9  # the sink
+        planes[1:, :, [0, 16]] = 0.9  # the sink, of all words but the first
         planes[CIRCLE, :, [5, 21]] = 0.5
     write_page(page := tmp_path / "page.html", prompt=PROMPT, film=film, views=[made])
     open_page(driver, page)
@@ -296,3 +298,19 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 def _centre(mask: np.ndarray) -> tuple[float, float]:
     y, x = np.nonzero(mask)
     return float(y.mean()), float(x.mean())
+
+
+def test_the_page_in_the_docs_opens_plays_and_gives_nothing_away(driver: Any) -> None:
+    page = ROOT / "docs" / "explain.html"
+    assert page.stat().st_size < 1 << 20
+    assert not re.search(r"/(home|root|tmp|work|usr)/", page.read_text())
+    requests_of(driver)
+    driver.get_log("browser")
+    open_page(driver, page)
+    choose(driver, "layer", "trained")
+    for frame in (0, 7):
+        seek(driver, frame)
+        assert read_barcode(pixels(driver, 'figure[data-view="0"] canvas.frame')[..., :3]) == frame
+        assert "mass 0.9" in driver.find_element("css selector", 'figure[data-view="1"] .now').text
+    assert driver.get_log("browser") == []
+    assert {url.split(":")[0] for url in requests_of(driver)} <= {"file", "data", "blob"}

@@ -1,10 +1,12 @@
 """Promise: what `swim explain` shows is the model's own attention, per layer and head, for little memory; and it says
 what the model was trained on and what it left out."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,13 @@ from tiny import family_config, make_data, tiny_config
 from typer.testing import CliRunner
 
 from swim.data_tools.all_nouns import marked_nouns
+from swim.data_tools.records import Rle
+from swim.data_tools.rle import encode_mask
+from swim.data_tools.synth import read_barcode, synthesise
+from swim.data_tools.video import decode_frames
 from swim.train.batch import BatchOptions, make_batch
 from swim.train.cli import app
-from swim.train.explain.command import read_masks, sample_subject
+from swim.train.explain.command import read_masks, sample_subject, video_subject
 from swim.train.explain.look import Loaded, appended, choose_contents
 from swim.train.explain.row_maps import RowMaps
 from swim.train.explain.sources import find_source
@@ -47,7 +53,7 @@ def save_run(folder: Path, config) -> Path:
 
 def read_rows(model: Loaded, shards, layers, heads):
     """Capture, sequence, clip and words of a prompt and of an answer that the model is made to give."""
-    subject = sample_subject(str(shards.folder), shards.keys()[0])
+    subject = sample_subject(shards, shards.keys()[0])
     clip = model.load_clip(subject)
     asked, words = model.encode(PROMPT, [(23, 29)], clip)
     generated = model.tokenizer("the red circle moves upwards .", add_special_tokens=False)["input_ids"]
@@ -89,24 +95,31 @@ def test_maps_are_the_rows_of_eager_attention(shards, tmp_path, family):
         torch.testing.assert_close(got[-1, 3], shared_HV[3], atol=1e-5, rtol=1e-5)
 
 
-def test_memory_does_not_grow_with_the_layers_of_the_model(shards, tmp_path):
-    """What is read of one layer costs the same in a model of two layers and of eight."""
-    extra = []
+def test_memory_does_not_grow_with_the_layers_of_the_model(shards, tmp_path, monkeypatch):
+    """Reading a layer leaves behind what is kept of it and nothing else, takes a head's rows a few times meanwhile, and
+    the same in the eighth layer as in the first."""
+    costs, observe = [], RowMaps.observe
+
+    def measured(*args, **kwargs):
+        before = live.peak = live.now
+        observe(*args, **kwargs)
+        costs.append((live.now - before, live.peak - before))
+
+    monkeypatch.setattr(RowMaps, "observe", measured)
     for layers in (2, 8):
         text = f"model.config.text_config.num_hidden_layers={layers}"
         config = tiny_config(shards.folder, text, "system.layers=[1]", "data.min_pixels=50176", "data.max_pixels=50176")
         model = Loaded(find_source(str(save_run(tmp_path / str(layers), config))).config)
-        peaks = {}
-        for kept in ((), (1,)):
-            live = Live([*model.model.parameters(), *model.model.buffers()])
-            with live:
-                capture, sequence, clip, columns = read_rows(model, shards, kept, (0,))
-            peaks[kept] = live.peak
-        extra.append(peaks[1,] - peaks[()])
-    rows, columns_, cells = len(capture.rows), len(sequence.ids), clip.num_cells
-    kept_bytes = (len(columns) + 1) * 3 * cells * 4
-    assert extra[1] == pytest.approx(extra[0], abs=4096)
-    assert extra[1] < kept_bytes + 8 * rows * columns_ * 4, "a head's rows a few times, never a matrix of all rows"
+        with (live := Live([*model.model.parameters(), *model.model.buffers()])):
+            capture, sequence, clip, columns = read_rows(model, shards, range(layers), (0,))
+    assert len(costs) == 2 + 8
+    kept_bytes = (len(columns) + 1) * 3 * clip.num_cells * 4
+    row_bytes = len(capture.rows) * len(sequence.ids) * 4
+    keys_bytes = len(sequence.ids) * 32 * 4  # of one head, in fp32
+    assert len(set(costs)) == 1
+    left, most = costs[0]
+    assert left == kept_bytes
+    assert most < kept_bytes + 5 * row_bytes + keys_bytes
 
 
 def test_words_of_an_answer_have_their_own_tokens(run):
@@ -221,6 +234,8 @@ def test_the_command_writes_page_and_cells(run, shards, tmp_path):
     [
         (["missing.mp4", "what ?"], "missing.mp4"),
         (["FOLDER", "what ?"], "--key"),
+        (["VIDEO", "what ?", "--key", "a"], "--key"),
+        (["FOLDER", "what ?", "--key", "a"], "'a'"),
         (["VIDEO", "?!"], "no words"),
         (["VIDEO", "the <ins>dog"], "has no '</ins>'"),
         (["VIDEO", "a <|im_end|>"], "control token"),
@@ -264,10 +279,30 @@ def test_masks_are_read_in_every_form_that_is_promised(tmp_path):
             read_masks(path)
 
 
+def test_masks_of_an_uneven_video_follow_its_frames(tmp_path):
+    """Its frames get new numbers when it is made even: masks are still those of the picture they were drawn on."""
+    numbered = synthesise(tmp_path / "numbered", clips=1, seed=1, size=56, frames=24, fps=8).read(0).media()
+    path, mask = tmp_path / "uneven.mkv", tmp_path / "masks.json"
+    with av.open(io.BytesIO(numbered)) as reader, av.open(str(path), "w", format="matroska") as writer:
+        copy = writer.add_stream_from_template(reader.streams.video[0])
+        for packet in reader.demux(reader.streams.video[0]):
+            if packet.dts is not None and packet.pts is not None:
+                slowed = [at + 3 * max(0, at - round(1 / packet.time_base)) for at in (packet.pts, packet.dts)]
+                packet.stream, (packet.pts, packet.dts) = copy, slowed
+                writer.mux(packet)
+    of = {n: Rle(**encode_mask(np.arange(56 * 56).reshape(56, 56) < 56 * n)) for n in range(24)}
+    mask.write_text(json.dumps({str(n): rle.model_dump() for n, rle in of.items()}))
+    subject = video_subject(path, mask)
+    shown = [read_barcode(frame) for frame in decode_frames(subject.video, range(subject.info.num_frames))]
+    assert shown != list(range(24))
+    (masks,) = subject.masks.values()
+    assert [masks[number] for number in range(len(shown))] == [of[frame] for frame in shown]
+
+
 def test_the_sequence_read_is_the_one_generated(run, shards):
     """The answer's first token is what the read pass predicts from the prompt: both see the same clip and positions."""
     model = Loaded(find_source(str(run)).config)
-    clip = model.load_clip(sample_subject(str(shards.folder), shards.keys()[0]))
+    clip = model.load_clip(sample_subject(shards, shards.keys()[0]))
     asked, _ = model.encode(PROMPT, [], clip)
     generated = model.generate(asked, clip, 3)
     sequence = appended(asked, generated)

@@ -81,11 +81,11 @@ def video_subject(video: Path, mask: Path | None) -> Subject:
     return Subject(video.name, data, info, None, masks, {}, {})
 
 
-def sample_subject(folder: str, key: str) -> Subject:
+def sample_subject(shards: ShardSet, key: str) -> Subject:
     """The clip of a sample in shards with its masks and labels; KeyError, BadSample or ValueError if it has none."""
-    sample = ShardSet(folder).read(key)
+    sample = shards.read(key)
     if not sample.record.media or sample.record.media[0].kind != "video":
-        raise ValueError(f"{key}: its record has no video; choose another key of {folder}")
+        raise ValueError(f"{key}: its record has no video; choose another key of {shards.folder}")
     labels = {thing.id: thing.label for thing in sample.record.objects}
     answers = {talk.turns[-2].text: talk.turns[-1].text for talk in sample.record.conversations if len(talk.turns) == 2}
     video = sample.media()
