@@ -3,8 +3,10 @@ what the model was trained on and what it left out."""
 
 import io
 import json
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -23,7 +25,7 @@ from swim.data_tools.video import decode_frames
 from swim.train.batch import BatchOptions, make_batch
 from swim.train.cli import app
 from swim.train.explain.command import read_masks, sample_subject, video_subject
-from swim.train.explain.look import Loaded, appended, choose_contents
+from swim.train.explain.look import Loaded, appended, choose_contents, chosen_layers
 from swim.train.explain.row_maps import RowMaps
 from swim.train.explain.sources import find_source
 from swim.train.system import build_system
@@ -146,6 +148,25 @@ def test_nouns_are_tagged_or_found():
         marked_nouns("the <ins>dog")
 
 
+@dataclass
+class _Token:
+    text: str
+    idx: int
+    pos_: str
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+def test_nouns_are_found_by_spacy_where_it_is(monkeypatch):
+    def parse(text):
+        tags = {"dog": "NOUN", "Rex": "PROPN"}
+        return [_Token(m[0], m.start(), tags.get(m[0], "X")) for m in re.finditer(r"\w+", text)]
+
+    monkeypatch.setattr("swim.data_tools.nouns.load_parser", lambda _: ("spaCy 3", parse))
+    assert marked_nouns("the dog Rex runs")[1:] == ([(4, 7), (8, 11)], "spaCy 3")
+
+
 def test_what_does_not_fit_the_page_is_left_out_in_this_order_and_named():
     def contents(limit):
         return choose_contents([True, False, False], range(8), 4, 100, (5, 7), limit)
@@ -168,6 +189,14 @@ def test_what_does_not_fit_the_page_is_left_out_in_this_order_and_named():
     assert len(choose_contents([True], range(28), 4, 100, (), sizes[1]).layers) == 6, (
         "spread, where none was supervised"
     )
+
+
+def test_layers_that_see_a_window_are_refused():
+    config = SimpleNamespace(num_hidden_layers=4, layer_types=["full_attention", "sliding_attention"] * 2)
+    assert chosen_layers("0, 2", config) == (0, 2)
+    assert chosen_layers("last:2", SimpleNamespace(num_hidden_layers=4)) == (2, 3)
+    with pytest.raises(ValueError, match=r"layers \[1, 3\] have sliding_attention"):
+        chosen_layers("all", config)
 
 
 def test_a_page_says_what_the_model_was_trained_on(run):

@@ -183,7 +183,7 @@ def look(
     supervised = source.supervised_layers(text_config.num_hidden_layers)
     contents = choose_contents(
         [word.noun for word in (*words, *own) if word.columns],
-        _layers(options.layers or "all", text_config.num_hidden_layers),
+        chosen_layers(options.layers or "all", text_config),
         text_config.num_attention_heads,
         clip.num_cells,
         supervised,
@@ -259,11 +259,17 @@ def choose_contents(
     )
 
 
-def _layers(text: str, num_layers: int) -> tuple[int, ...]:
-    """The layers that numbers with commas, or a rule as in `system.layers`, name; ValueError for something else."""
+def chosen_layers(text: str, text_config: Any) -> tuple[int, ...]:
+    """The layers that numbers with commas, or a rule as in `system.layers`, name; ValueError for something else, and
+    for layers that see a window only, whose rows `RowMaps` would get wrong."""
     numbers = text.split(",")
     listed = all(number.strip().isdecimal() for number in numbers)
-    return resolve_layers([int(number) for number in numbers] if listed else text, num_layers)
+    rule = [int(number) for number in numbers] if listed else text
+    layers = resolve_layers(rule, text_config.num_hidden_layers)
+    kinds = getattr(text_config, "layer_types", None) or ["full_attention"] * text_config.num_hidden_layers
+    if windows := [layer for layer in layers if kinds[layer] != "full_attention"]:
+        raise ValueError(f"layers {windows} have {kinds[windows[0]]}, only full_attention can be read; give --layers")
+    return layers
 
 
 def _is_noun(span: tuple[int, int], nouns: Sequence[tuple[int, int]]) -> bool:
