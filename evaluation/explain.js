@@ -45,7 +45,7 @@ function ownWord(view) {
 function chosenLayers(view) {
   const value = $("layer").value;
   if (value === "all") return view.layers.map((_, place) => place);
-  if (value === "trained") return view.trained.map((layer) => view.layers.indexOf(layer));
+  if (value === "own") return view.own.map((layer) => view.layers.indexOf(layer));
   return [view.layers.indexOf(Number(value))].filter((place) => place >= 0);
 }
 
@@ -352,8 +352,8 @@ function option(select, value, text) {
 
 function fillChoices() {
   const layers = [...new Set(data.views.flatMap((view) => view.layers))].sort((a, b) => a - b);
-  const trained = [...new Set(data.views.flatMap((view) => view.trained))].sort((a, b) => a - b);
-  if (trained.length) option($("layer"), "trained", `mean of supervised (${trained.join(", ")})`);
+  const own = [...new Set(data.views.flatMap((view) => view.own))].sort((a, b) => a - b);
+  if (own.length) option($("layer"), "own", `mean of the run’s (${own.join(", ")})`);
   option($("layer"), "all", layers.length > 1 ? `mean of all ${layers.length} kept` : "the one kept");
   for (const layer of layers) option($("layer"), layer, `layer ${layer}`);
   option($("head"), "mean", "mean of heads");

@@ -64,7 +64,7 @@ class View:
 
     `maps` holds per layer fp32 [words + 1, 2 + heads, V]: planes as in train/explain/row_maps.py, the last entry is the
     map that all text tokens share. `coverages` gives per object and step the mask's share of each cell [h, w], None
-    where it is not annotated. `about_training` says what the model was trained on; `warns` if this video is none of
+    where it is not annotated. `own_layers` are those whose attention the run looked at. `about_training` says what the model was trained on; `warns` if this video is none of
     that.
     """
 
@@ -77,7 +77,7 @@ class View:
     maps: Mapping[int, np.ndarray]
     heads: Sequence[int]
     num_heads: int
-    trained_layers: Sequence[int] = ()
+    own_layers: Sequence[int] = ()
     coverages: Mapping[str, Sequence[np.ndarray | None]] = field(default_factory=dict)
     about_training: str = ""
     warns: bool = False
@@ -229,7 +229,7 @@ def _packed(view: View, objects: Sequence[Object]) -> dict[str, Any]:
         "grid": view.grid,
         "frames": view.frames,
         "layers": [*view.maps],
-        "trained": [layer for layer in view.trained_layers if layer in view.maps],
+        "own": [layer for layer in view.own_layers if layer in view.maps],
         "heads": view.heads,
         "words": [[_word(word) for word in words] for words in (view.prompt_words, view.answer_words)],
         "cells": _bytes(levels),

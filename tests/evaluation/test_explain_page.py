@@ -63,7 +63,7 @@ def view(name: str = "model", seed: int = 0, answer: str = "the circle moves lef
     maps[1][CIRCLE, :2] = 0
     maps[1][CIRCLE, :2, [5, 16 + 10]] = 1.0  # row 1 column 1, then row 2 column 2
     made = View(name, answer, prompt_words, answer_words, GRID, FRAMES, maps, heads=(0, 1), num_heads=2)
-    return replace(made, trained_layers=(1,), about_training="Trained on nothing.", **changes)
+    return replace(made, own_layers=(1,), about_training="Trained on nothing.", **changes)
 
 
 def cell(picture: np.ndarray, row: int, column: int) -> np.ndarray:
@@ -240,7 +240,7 @@ def test_nothing_is_asked_for_and_nothing_from_data_runs(film: Film, tmp_path: P
     )
     word = [Word(0, len(HOSTILE), True, 0)]
     hostile = replace(
-        hostile, prompt_words=word, answer_words=(), maps={0: np.full((2, 4, 32), 0.1, np.float32)}, trained_layers=()
+        hostile, prompt_words=word, answer_words=(), maps={0: np.full((2, 4, 32), 0.1, np.float32)}, own_layers=()
     )
     thing = Object(HOSTILE, HOSTILE, {0: None})
     write_page(
@@ -327,7 +327,10 @@ def test_the_page_in_the_docs_opens_plays_and_gives_nothing_away(driver: Any) ->
     requests_of(driver)
     driver.get_log("browser")
     open_page(driver, page)
-    choose(driver, "layer", "trained")
+    for width in (1280, 800):
+        driver.set_window_size(width, 1200)
+        assert driver.execute_script("return document.documentElement.scrollWidth <= innerWidth"), "it fits"
+    choose(driver, "layer", "own")
     for frame in (0, 7):
         seek(driver, frame)
         assert read_barcode(pixels(driver, 'figure[data-view="0"] canvas.frame')[..., :3]) == frame

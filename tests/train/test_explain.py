@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from browser import chromium, open_page, pixels, seek
+from footage import footage_dir
 from live_memory import Live
 from tiny import family_config, make_data, tiny_config
 from typer.testing import CliRunner
@@ -186,9 +188,7 @@ def test_what_does_not_fit_the_page_is_left_out_in_this_order_and_named():
         assert lost in one.left_out[0]
     with pytest.raises(ValueError, match="--page-mib"):
         contents(sizes[-1] - 1)
-    assert len(choose_contents([True], range(28), 4, 100, (), sizes[1]).layers) == 6, (
-        "spread, where none was supervised"
-    )
+    assert len(choose_contents([True], range(28), 4, 100, (), sizes[1]).layers) == 6, "spread, where no run says which"
 
 
 def test_layers_that_see_a_window_are_refused():
@@ -202,7 +202,7 @@ def test_layers_that_see_a_window_are_refused():
 def test_a_page_says_what_the_model_was_trained_on(run):
     source = find_source(str(run))
     assert source.sources == {("synth", "CC0-1.0")}
-    assert source.supervised_layers(4) == (1, 3)
+    assert source.own_layers(4) == (1, 3)
     said, warns = source.about_training("synth")
     assert not warns
     assert "synth (CC0-1.0)" in said
@@ -340,3 +340,24 @@ def test_the_sequence_read_is_the_one_generated(run, shards):
         logits = model.model(**batch.inputs, use_cache=False).logits[0]
     predicted = logits[len(asked.ids) - 1 : -1].argmax(-1).tolist()
     assert predicted == generated
+
+
+@pytest.mark.slow
+def test_real_footage_from_file_to_page(run, tmp_path):
+    source = footage_dir()
+    record = json.loads((source / "nl_refer_footage.json").read_text())[0]
+    mask, out = tmp_path / "ball.json", tmp_path / "cups.html"
+    mask.write_text(json.dumps(record["annotation"][0]))
+    prompt = record["conversations"][0]["value"].removeprefix("<video>\n")
+    options = ["--model", str(run), "--mask", str(mask), "--out", str(out), "--frames", "16", "--pixels", "40000"]
+    done = CliRunner().invoke(app, ["explain", str(source / "cups.mp4"), prompt, *options])
+    assert done.exit_code == 0, done.output
+    assert "Never trained on such video" in done.output
+    with chromium() as driver:
+        open_page(driver, out)
+        assert driver.execute_script("return document.querySelector('#object option').textContent") == "ball"
+        now = 'figure[data-view="0"] .now'
+        for frame, said in ((10, "mass"), (150, "object absent")):
+            seek(driver, frame)
+            assert said in driver.find_element("css selector", now).text
+            assert pixels(driver, 'figure[data-view="0"] canvas.heat')[..., 3].any()

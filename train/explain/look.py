@@ -180,13 +180,13 @@ def look(
     asked, words = model.encode(prompt, nouns, clip)
     generated = model.generate(asked, clip, options.answer_tokens)
     answer, own = model.answer_words(generated, len(asked.ids), options.nouns)
-    supervised = source.supervised_layers(text_config.num_hidden_layers)
+    own_layers = source.own_layers(text_config.num_hidden_layers)
     contents = choose_contents(
         [word.noun for word in (*words, *own) if word.columns],
         chosen_layers(options.layers or "all", text_config),
         text_config.num_attention_heads,
         clip.num_cells,
-        supervised,
+        own_layers,
         int(options.page_mib * 2**20 / share),
     )
     if contents.nouns_only:
@@ -213,7 +213,7 @@ def look(
         maps={layer: planes.numpy() for layer, planes in capture.maps().items()},
         heads=contents.heads,
         num_heads=text_config.num_attention_heads,
-        trained_layers=supervised,
+        own_layers=own_layers,
         coverages={id: step_coverages([[id]], subject.masks, clip.frames, clip.grid[1:])[0] for id in subject.masks},
         about_training=statement,
         warns=warns,
@@ -223,15 +223,15 @@ def look(
 
 
 def choose_contents(
-    nouns: Sequence[bool], layers: Sequence[int], num_heads: int, cells: int, supervised: Sequence[int], limit: int
+    nouns: Sequence[bool], layers: Sequence[int], num_heads: int, cells: int, own_layers: Sequence[int], limit: int
 ) -> _Contents:
     """What of the maps of words (True: a noun) fits `limit` bytes of a page, in base64: all of it, else without single
-    heads, else only in the supervised layers (six spread ones without any), else of nouns alone.
+    heads, else only in the run's own layers (six spread ones without any), else of nouns alone.
 
     ValueError if not even that fits.
     """
     layers, every = tuple(layers), tuple(range(num_heads))
-    few = tuple(layer for layer in layers if layer in supervised) or tuple(
+    few = tuple(layer for layer in layers if layer in own_layers) or tuple(
         layers[i] for i in sorted({round(i) for i in np.linspace(0, len(layers) - 1, min(6, len(layers)))})
     )
     mean = f"single heads ({num_heads} a layer)"

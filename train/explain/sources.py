@@ -17,6 +17,7 @@ from swim.train.predict import load_run
 from swim.train.systems.swim.config import resolve_layers
 
 STOCK_RECIPE = "swim_7b"  # whose frames and pixels a stock model gets
+SYNTH = "synth"  # what records of rendered clips name as their source
 MAX_READ = 20  # samples of a data set that are asked for their source
 
 
@@ -40,8 +41,8 @@ class Source:
         data = self.config.data.model_dump(mode="json") | changed
         return parse_config(self.config.model_dump(mode="json") | {"data": data}, source=self.name)
 
-    def supervised_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers whose attention was trained; none if there was no such loss or nothing is known."""
+    def own_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers whose attention the run compared with masks, whatever its weight; none if nothing is known."""
         system = self.trained.system if self.trained else {}
         return resolve_layers(system["layers"], num_layers) if "layers" in system else ()
 
@@ -76,11 +77,8 @@ class Source:
         )
 
     def _said(self) -> str:
-        named = [f"{name} ({license})" for name, license in sorted(self.sources)]
-        if self.trained is not None and self.trained.data.synth is not None:
-            named = [f"rendered clips of moving shapes, {text}" for text in named] or [
-                "rendered clips of moving shapes"
-            ]
+        rendered = "rendered clips of moving shapes, "
+        named = [f"{rendered if name == SYNTH else ''}{name} ({license})" for name, license in sorted(self.sources)]
         return " and ".join([*named, *(f"{name}, which cannot be read here" for name in self.unread)])
 
 
