@@ -64,8 +64,8 @@ class View:
 
     `maps` holds per layer fp32 [words + 1, 2 + heads, V]: planes as in train/explain/row_maps.py, the last entry is the
     map that all text tokens share. `coverages` gives per object and step the mask's share of each cell [h, w], None
-    where it is not annotated. `own_layers` are those whose attention the run looked at. `about_training` says what the model was trained on; `warns` if this video is none of
-    that.
+    where it is not annotated. `own_layers` are those whose attention the run looked at. `about_training` says what the
+    model was trained on; `warns` if this video is none of that.
     """
 
     name: str
