@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: env demo demo-short test test-all test-slurm lint bench bench-report format docs scaling kernel-resources demo-seeds
-.PHONY: energon-env ablations ablations-ci clean
+.PHONY: energon-env ablations ablations-ci explain-page clean
 
 env: $(STAMP)
 
@@ -78,6 +78,12 @@ kernel-resources: env
 # docs/demo.md: the demo on three seeds, about five minutes each on two cores.
 demo-seeds: env
 	$(BIN)/swim demo --out runs/demo-seeds --seed 0 --seed 1 --seed 2 --table docs/demo.md
+
+# docs/explain.html and its picture, by the models of `make demo`; the picture needs Debian's chromium and its driver.
+explain-page: env
+	$(BIN)/swim explain runs/demo/data/held_out "which way does the red circle move ?" --key synth_1000003_000008 \
+		--model runs/demo/sft --compare runs/demo/supervised --out docs/explain.html
+	$(BIN)/python tests/explain_screenshot.py docs/explain.html docs/explain.png
 
 # Megatron-Energon for the slow test that it reads our shards; CPU torch first, and Energon without what it asks for, so
 # that nothing fetches another build. About 1.1 GB.

@@ -33,7 +33,7 @@ setup(
     package_dir=packages(),
     package_data={
         "swim.data_tools": ["*.json"],
-        "swim.evaluation": ["*.jinja"],
+        "swim.evaluation": ["*.jinja", "*.js"],
         **{f"swim.{name}": patterns for name, patterns in DATA.items()},
     },
     install_requires=[
@@ -79,6 +79,7 @@ setup(
             "decord>=0.6",
             "numba>=0.60",
             "pillow>=11",
+            "selenium>=4.25",  # drives Debian's chromium in the tests of pages
             "aiohttp>=3.10",
             # CUDA torch brings its own; CPU torch none, and its interpreter is what tests the kernels.
             "triton==3.7.1; platform_system == 'Linux'",

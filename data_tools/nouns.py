@@ -165,6 +165,12 @@ def find_chunker(name: str = "auto") -> tuple[str, Chunker]:
 
     ValueError if spaCy or its model is asked for and missing.
     """
+    found, parse = load_parser(name)
+    return found, first_phrase if parse is None else lambda text, longer: parsed_phrase(parse(text), longer)
+
+
+def load_parser(name: str = "auto") -> tuple[str, Any]:
+    """Name of a chunker and spaCy's parser, None for the built-in rules; `name` and errors as in `find_chunker`."""
     if name not in ("auto", "spacy", "built-in"):
         raise ValueError(f"chunker {name!r}: there are auto, spacy, built-in")
     models: list[str] = []
@@ -174,13 +180,35 @@ def find_chunker(name: str = "auto") -> tuple[str, Chunker]:
         models = [model for model in spacy.util.get_installed_models() if model.startswith("en_core_web_")]
     if models:
         nlp = spacy.load(max(models))
-        found = f"spaCy {spacy.__version__} {nlp.meta['name']} {nlp.meta['version']}"
-        return found, lambda text, longer: parsed_phrase(nlp(text), longer)
+        return f"spaCy {spacy.__version__} {nlp.meta['name']} {nlp.meta['version']}", nlp
     if name == "spacy":
         raise ValueError(
             "chunker 'spacy': no model en_core_web_* is installed; python -m spacy download en_core_web_sm"
         )
-    return f"built-in {VERSION}", first_phrase
+    return f"built-in {VERSION}", None
+
+
+def noun_heads(text: str) -> list[tuple[int, int]]:
+    """[start, end) of the nouns that the built-in rules find in a text, for marking them: one for every phrase that
+    begins with a determiner, a number, an adjective or an irregular plural. What cannot be decided is passed over."""
+    matches = list(_TOKEN.finditer(text))
+    chunk = _Chunk([match.group().replace("’", "'") for match in matches])
+    heads, at = [], 0
+    while at < len(matches):
+        try:
+            if chunk.lower[at] not in DETERMINERS | ADJECTIVES | _PLURALS:
+                raise NoNounError("no phrase begins here")
+            first, head, end = chunk.read(at)
+        except NoNounError:
+            at += 1
+            continue
+        # "which way does the circle move": the verb that an auxiliary in front of the phrase leaves to its end.
+        asked = any(word in AUXILIARIES for word in chunk.lower[:at])
+        if asked and head > first and chunk.lower[head] in _VERBS and chunk.lower[head - 1] not in ADJECTIVES:
+            head -= 1
+        heads.append(matches[head].span())
+        at = end
+    return heads
 
 
 def parsed_phrase(document: Any, longer: bool = False) -> NounPhrase:

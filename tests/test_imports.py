@@ -24,6 +24,7 @@ def test_nobody_imports_a_folder_by_its_bare_name():
     [
         ("swim.data_tools.cli", {"torch", "swim.train", "swim.kernels"}),
         ("swim.evaluation.report", {"torch", "swim.train", "swim.kernels", "swim.data_tools"}),
+        ("swim.evaluation.explain_page", {"torch", "swim.train", "swim.kernels", "swim.data_tools"}),
         ("swim.kernels.noun_attention", {"transformers", "deepspeed", "swim.train", "swim.data_tools"}),
         ("swim.train.attention", {"deepspeed"}),
         ("swim.train.config", {"torch"}),

@@ -1,4 +1,4 @@
-"""The `swim` command: data, estimate, train, evaluate, demo, doctor."""
+"""The `swim` command: data, estimate, train, evaluate, explain, demo, doctor."""
 
 import contextlib
 import json
@@ -212,6 +212,50 @@ def demo(
         run_demo(folder, seed=number, short=short)
     if table is not None:
         write_table(table, dict(zip(seeds, folders)))
+
+
+@app.command()
+@one_message
+def explain(
+    video: Annotated[str, typer.Argument(help="Video file; or a folder of shards, with --key.")],
+    prompt: Annotated[str, typer.Argument(help='What to ask, nouns tagged or not: "What does the <ins>dog</ins> do?"')],
+    model: Annotated[str, typer.Option(help="Folder of a finished run, of any stock model, or a hub id.")],
+    out: Annotated[Path, typer.Option(help="HTML page to write.")],
+    compare: Annotated[str | None, typer.Option(help="A second model, shown beside the first.")] = None,
+    key: Annotated[str | None, typer.Option(help="Sample of the shards, whose masks are shown.")] = None,
+    mask: Annotated[Path | None, typer.Option(help="Masks of the video file: a JSON file (docs/explain.md).")] = None,
+    cells: Annotated[Path | None, typer.Option("--json", help="Also write the raw cells of the maps.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers: 2,7,12, even:6, last:4 or all (the default).")] = None,
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames sampled; default: the model's recipe.")] = None,
+    pixels: Annotated[int | None, typer.Option(min=1, help="Most pixels of a frame; default: the recipe's.")] = None,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the answer, at most.")] = 64,
+    nouns: Annotated[str, typer.Option(help="Who finds nouns without tags: auto, spacy, built-in.")] = "auto",
+    side: Annotated[int, typer.Option(min=64, help="Shorter side in pixels of the video in the page.")] = 360,
+    page_mib: Annotated[float, typer.Option(min=0, help="Maps in the page, at most; what goes is named.")] = 12.0,
+) -> None:
+    """Write a page that plays the video with the attention of each word of prompt and answer. Needs no GPU."""
+    from swim.data_tools.shards import ShardSet
+    from swim.train.explain.command import explain as explained
+    from swim.train.explain.command import sample_subject, video_subject
+    from swim.train.explain.look import Options
+
+    if Path(video).is_file() if key is not None else Path(video).is_dir():
+        raise ValueError(f"{video}: give a video file without --key, or a folder of shards with it")
+    if key is not None and mask is not None:
+        raise ValueError(f"--mask {mask}: the masks of --key {key} are its own; give one of them")
+    if key is None:
+        subject = video_subject(Path(video), mask)
+    else:
+        check_key(shards := ShardSet(video), key)
+        subject = sample_subject(shards, key)
+    options = Options(frames, pixels, layers, nouns, answer_tokens, side, page_mib)
+    models = [model, *([compare] if compare else [])]
+    found = explained(subject, prompt, models, out, cells=cells, options=options)
+    for name, answer in found.answers.items():
+        print(f"{name}: {answer!r}")
+    for line in found.said:
+        print(line)
+    print(f"{out}: " + ", ".join(f"{part} {size / 2**20:.2f} MiB" for part, size in found.sizes.items()))
 
 
 @app.command()

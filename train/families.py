@@ -49,6 +49,16 @@ class Clip:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
 
+def sampled_clip(
+    key: str, chosen: Sequence[int], pixels: Tensor, grid: tuple[int, int, int], *, per_step: int, fps: float
+) -> Clip:
+    """The clip of `chosen` stored frames, `per_step` to a temporal step, of a video with `fps` frames per second."""
+    # A clip shorter than the number of sampled frames ends in repetitions of its last frame, which take no time.
+    spacing = max(1.0, (chosen[-1] - chosen[0]) / max(len(chosen) - 1, 1))
+    frames = [list(chosen[t * per_step : (t + 1) * per_step]) for t in range(grid[0])]
+    return Clip(key, pixels, grid, frames, seconds_per_step=per_step * spacing / fps, fps=fps)
+
+
 class Family(ABC):
     """One model family; built from a model config and its tokenizer."""
 

@@ -54,8 +54,13 @@ def predict(run: Path, data: str | Path) -> tuple[Path, list[str]]:
 
 def weights_digest(run: Path) -> str:
     """SHA-256 over the safetensors of a run's model."""
+    return safetensors_digest(run / "model")
+
+
+def safetensors_digest(folder: Path) -> str:
+    """SHA-256 over the safetensors in a model folder."""
     hashed = hashlib.sha256()
-    for path in sorted((run / "model").glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             hashed.update(hashlib.file_digest(file, "sha256").digest())
     return hashed.hexdigest()

@@ -4,17 +4,15 @@ import json
 import os
 import subprocess
 import sys
-import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from live_memory import Live
 from processes import ROOT
 from tiny import family_config, make_batch, make_data, tiny_config
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from swim.train import stock
@@ -186,28 +184,6 @@ def test_activations_of_every_family(shards, family, checkpointing):
     found = tracer.activations(Pack.of(batch, system.model_config)).kept
     # What LLaVA's pooling of projected features keeps is not counted.
     assert found == pytest.approx(kept.bytes, rel=0.25 if family == "llava_onevision" else 0.15)
-
-
-class Live(TorchDispatchMode):
-    """Bytes of the storages made inside and alive, and the most there were."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.known, self.now, self.peak = {t.untyped_storage()._cdata for t in known}, 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for storage in (t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
-            if storage._cdata not in self.known:
-                self.known.add(storage._cdata)
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def freed(self, key, size):
-        self.known.discard(key)
-        self.now -= size
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, 2, 5])

@@ -14,7 +14,7 @@ from swim.data_tools.video import DecoderMissing, VideoError, check_decoder, cho
 from swim.train.batch import Batch, BatchOptions, Hole, make_batch
 from swim.train.config import ConfigError, DataConfig
 from swim.train.encode import ConversationEncoder, Encoded, Noun
-from swim.train.families import Clip
+from swim.train.families import Clip, sampled_clip
 from swim.train.system import Request
 from swim.train.systems.swim.config import Config
 from swim.train.systems.swim.targets import Targets, build_targets, step_coverages, step_masks
@@ -166,16 +166,7 @@ class SwimCollator:
 
     def _clip(self, sample: Sample, chosen: list[int], cells: Tensor, grid: tuple[int, int, int]) -> Clip:
         per_step, fps = self.encoder.family.frames_per_step, sample.record.media[0].fps
-        # A clip shorter than num_frames ends in repetitions of its last frame, which take no time.
-        spacing = max(1.0, (chosen[-1] - chosen[0]) / max(len(chosen) - 1, 1))
-        return Clip(
-            key=sample.key,
-            pixels=cells,
-            grid=grid,
-            frames=[chosen[t * per_step : (t + 1) * per_step] for t in range(grid[0])],
-            seconds_per_step=per_step * spacing / fps,
-            fps=fps,
-        )
+        return sampled_clip(sample.key, chosen, cells, grid, per_step=per_step, fps=fps)
 
 
 def _hole(sample: Sample, name: str, error: Exception) -> Hole:
