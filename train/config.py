@@ -100,7 +100,7 @@ class ModelConfig(Section):
     checkpointing: bool | int = Field(False, ge=0)
     """Recompute activations in the backward pass (always non-reentrant): of all layers (`true`), or of every n-th (n),
     counted through the model as transformers does."""
-    liger: Literal["auto", True, False] = "auto"
+    liger: Literal["auto", True, False] = False
     """Liger's fused RMSNorm and gated MLP in the text model, on GPUs: `auto` where liger-kernel is installed, `true`
     must."""
     lora: LoraConfig | None = None
