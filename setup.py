@@ -63,6 +63,7 @@ setup(
         "track": ["tensorboard>=2.18", "wandb>=0.19"],
         "dev": [
             "peft>=0.15",
+            "liger-kernel>=0.8",
             "tensorboard>=2.18",
             "wandb>=0.19",
             "pytest>=8",
