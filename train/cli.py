@@ -1,11 +1,11 @@
-"""The `swim` command: data, estimate, train, evaluate, demo, doctor."""
+"""The `swim` command: data, estimate, train, evaluate, export, demo, doctor."""
 
 import contextlib
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -212,6 +212,31 @@ def demo(
         run_demo(folder, seed=number, short=short)
     if table is not None:
         write_table(table, dict(zip(seeds, folders)))
+
+
+@app.command()
+@one_message
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; an earlier export there is replaced.")],
+    lora: Annotated[Literal["merged", "adapter"], typer.Option(help="Adapters: in the weights, or alone.")] = "merged",
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="last|best|STEP", help="Of a checkpoint; default: the finished run's model.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Check names, a stock reload, logits, base and adapters.")] = True,
+    base: Annotated[str | None, typer.Option(help="Where the run's base model lies now.")] = None,
+    results: Annotated[Path | None, typer.Option(help="results.json of the run, for the model card.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="For the card; default: the base's.")] = None,
+) -> None:
+    """Write a run's model as a stock transformers folder and verify it; exit with 1 if a check fails."""
+    from swim.train.export import export as export_run
+    from swim.train.export import report
+
+    place = {"checkpoint": checkpoint, "base": base}
+    exported = export_run(run, out, form=lora, verify=verify, results=results, licence=licence, **place)
+    print(report(exported))
+    if not exported.passed:
+        raise typer.Exit(1)
 
 
 @app.command()
