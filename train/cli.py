@@ -232,8 +232,9 @@ def export(
     from swim.train.export import export as export_run
     from swim.train.export import report
 
-    place = {"checkpoint": checkpoint, "base": base}
-    exported = export_run(run, out, form=lora, verify=verify, results=results, licence=licence, **place)
+    exported = export_run(
+        run, out, form=lora, checkpoint=checkpoint, base=base, verify=verify, results=results, licence=licence
+    )
     print(report(exported))
     if not exported.passed:
         raise typer.Exit(1)

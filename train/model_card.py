@@ -78,7 +78,7 @@ def _index(title: str, scored: Mapping[str, Any]) -> dict[str, Any]:
     values = [
         {"type": name, "name": f"{name} ({_protocol(scored)})", "value": estimate["value"]}
         for name, estimate in scored["metrics"].items()
-        if estimate["value"] is not None
+        if estimate["value"] is not None and not name.startswith("prevalence")  # which is the data's
     ]
     data = {"name": f"held-out shards {held_out}", "type": held_out}
     return {"name": title, "results": [{"task": {"type": "video-text-to-text"}, "dataset": data, "metrics": values}]}

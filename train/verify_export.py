@@ -139,7 +139,8 @@ def _adapter_reference(source: Source) -> dict[str, tuple[int, ...]]:
 
     settings = json.loads(source.weights.stock["files"]["adapter/adapter_config.json"])
     with torch.device("meta"):
-        model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(source.config.model.path))
+        base = base_folder(str(source.config.model.path))
+        model: Any = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(base))
         keys = ("r", "lora_alpha", "target_modules", "lora_dropout")
         model = peft.get_peft_model(model, peft.LoraConfig(**{key: settings[key] for key in keys}))
         state = peft.get_peft_model_state_dict(model)
@@ -249,7 +250,7 @@ def check_reload(reports: list[dict[str, Any]] | str, source: Source, messages: 
     if reports[0]["tokens"] != tokens:
         problems.append("its tokenizer gives other tokens to a chat than the run's")
     loaded = (
-        f"{reports[0]['class']} in {reports[0]['dtype']}, nothing missing or unexpected, {len(tokens)} equal tokens"
+        f"{reports[0]['class']} in {reports[0]['dtype']}, nothing missing or unexpected, {len(tokens)} tokens equal"
     )
     return Check("reload", not problems, "; ".join(problems) or loaded)
 
@@ -262,17 +263,18 @@ def check_logits(folder: Path, source: Source, form: Form, got: Tensor, want: Te
     if form == "adapter":
         return Check("logits", close, said)
     stored, names = stored_tensors(folder), target_names(source)
-    other = [name for name, own in names.items() if not _same(lambda n=name: read_tensor(stored, n), source, own)]
+    other = [name for name, own in names.items() if not torch.equal(read_tensor(stored, name), _expected(source, own))]
     said += f"; {len(names) - len(other)} of {len(names)} tensors equal the run's bit for bit"
     return Check("logits", close and not other, said + (f", not {', '.join(other[:3])}" if other else ""))
 
 
-def _same(read: Callable[[], Tensor], source: Source, own: str) -> bool:
+def _expected(source: Source, own: str) -> Tensor:
+    """A tensor of the run by its name in training, its adapter merged into it."""
     stock, _, fetch, _ = source.weights
-    want = fetch(own)
-    if (scale := stock["scales"].get(own)) is not None:
-        want = merged(want, *(fetch(side) for side in sides(own)), scale)
-    return torch.equal(read(), want)
+    if (scale := stock["scales"].get(own)) is None:
+        return fetch(own)
+    down, up = (fetch(side) for side in sides(own))
+    return merged(fetch(own), down, up, scale)
 
 
 def _compare(got: Tensor, want: Tensor, source: Source) -> tuple[float, float, bool]:
@@ -283,34 +285,32 @@ def _compare(got: Tensor, want: Tensor, source: Source) -> tuple[float, float, b
 
 
 def check_difference(folder: Path, source: Source, form: Form, got: Mapping[str, Tensor]) -> Check:
-    """The trained tensors are not the base's, the frozen ones are."""
+    """The trained tensors are not the base's, the frozen ones are; adapters add something."""
     if form == "adapter":
-        change, moved = float((got["logits"] - got["base"]).abs().max()), 0
-        adapters = load_file(folder / "adapter_model.safetensors")
-        ups = [name for name in adapters if ".lora_B" in name]
-        moved = sum(bool(adapters[name].any()) for name in ups)
+        change = float((got["logits"] - got["base"]).abs().max())
+        ups = [up for name, up in load_file(folder / "adapter_model.safetensors").items() if ".lora_B" in name]
+        moved = sum(bool(up.any()) for up in ups)
         said = f"{moved} of {len(ups)} adapters add something, logits move by {change:.1e}"
         return Check("differs from base", bool(moved) and change > 0, said)
-    read_base = _base_reader(source)
-    changed = {"trained": 0, "frozen": 0}
-    total, largest = {"trained": 0, "frozen": 0}, 0.0
-    stored = stored_tensors(folder)
+    read_base, stored = _base_reader(source), stored_tensors(folder)
+    changed, total = {True: 0, False: 0}, {True: 0, False: 0}
+    moved_by = size = 0.0  # squares, over the trained
     for name in stored:
-        kind = "trained" if _is_trained(source, parameter_name(source.model_type, name)) else "frozen"
+        trained = _is_trained(source, parameter_name(source.model_type, name))
         ours = read_tensor(stored, name)
         theirs = read_base(name).to(ours.dtype)
-        total[kind] += 1
-        if ours.shape != theirs.shape or not torch.equal(ours, theirs):
-            changed[kind] += 1
-            scale = max(float(theirs.float().abs().max()), 1e-12)
-            if ours.shape == theirs.shape:
-                largest = max(largest, float((ours.float() - theirs.float()).abs().max()) / scale)
+        total[trained] += 1
+        changed[trained] += not torch.equal(ours, theirs)
+        if trained:
+            moved_by += float((ours.float() - theirs.float()).square().sum())
+            size += float(theirs.float().square().sum())
     against = source.config.model.path or f"the initial weights of seed {source.config.run.seed}"
     said = (
-        f"{changed['trained']} of {total['trained']} trained tensors differ from {against}, by {largest:.1e} of their "
-        f"largest value at most; {total['frozen'] - changed['frozen']} of {total['frozen']} frozen ones are equal"
+        f"{changed[True]} of {total[True]} trained tensors are not those of {against}, norm of the change "
+        f"{(moved_by / max(size, 1e-30)) ** 0.5:.1e} of theirs; {total[False] - changed[False]} of {total[False]} "
+        "frozen ones are"
     )
-    return Check("differs from base", changed["trained"] > 0 and not changed["frozen"], said)
+    return Check("differs from base", changed[True] > 0 and not changed[False], said)
 
 
 def _is_trained(source: Source, parameter: str) -> bool:
