@@ -11,11 +11,11 @@ from swim import __version__
 from swim.data_tools.shards import ShardError, ShardSet
 from swim.train.config import Config, ConfigError
 
-_INTENDED = """Questions about what named things do in a video, asked in plain text; no masks, boxes or markers are needed.
-Research and evaluation. The attention of a noun is meant to lie on its object; that is evidence of what the model looks
-at, not a segmentation."""
-_LIMITS = """- Only what the scores below measure was measured, on the data named there; general ability may have changed
-  and is not in them unless a benchmark is named.
+_INTENDED = """Questions about what named things do in a video, asked in plain text; no masks, boxes or markers are
+needed. Research and evaluation. The attention of a noun is meant to lie on its object; that is evidence of what the
+model looks at, not a segmentation."""
+_LIMITS = """- Only what the scores below measure was measured, on the data named there; general ability may have
+  changed and is not in them unless a benchmark is named.
 - Frames and pixels should be those of training (below): servers sample otherwise when they are left to themselves.
 - Mistakes and biases of the base model and of the training data's captions and masks are inherited."""
 
@@ -47,7 +47,8 @@ def model_card(
         "---\n" + yaml.safe_dump(front, sort_keys=False, allow_unicode=True) + "---",
         f"# {title}",
         f"Exported by `swim export` {__version__} from the {origin} of a run: unmodified `transformers` classes, no "
-        "custom code. Trained with noun-attention supervision (SWIM, arXiv 2605.18018); at inference plain text is enough.",
+        "custom code. Trained with noun-attention supervision (SWIM, arXiv 2605.18018); at inference plain text is "
+        "enough.",
         "## Intended use\n\n" + _INTENDED,
         "## Limits\n\n" + _LIMITS,
         "## Scores\n\n" + (_score_table(scored) if scored else "None were given to the export."),
