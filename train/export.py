@@ -26,7 +26,7 @@ from swim.train.key_names import parameter_name
 from swim.train.lora import plain_name
 from swim.train.model_card import model_card
 from swim.train.partitions import CheckpointError
-from swim.train.processor_files import processor_files
+from swim.train.processor_files import processor_files, tokenizer_fields
 from swim.train.serve import serve_lines, traps
 from swim.train.stock import tokenizer_and_config
 from swim.train.weights import MAX_SHARD_BYTES, PROCESSOR_FILES, fill_folder, name_folder, stock_shards, write_shard
@@ -266,6 +266,9 @@ def write_merged(source: Source, hidden: Path, most: int) -> None:
         files = processor_files(source.model_type, family_of(config, tokenizer), source.config.data)
         for name, text in files.items():
             (hidden / name).write_text(text)
+        settings = hidden / "tokenizer_config.json"
+        fields = json.loads(settings.read_text()) | tokenizer_fields(source.model_type)
+        settings.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def write_adapter(source: Source, hidden: Path) -> None:

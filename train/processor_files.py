@@ -20,6 +20,22 @@ _CLASSES = {
 }
 
 
+# What a processor asks of its tokenizer by name, where that is more than a vocabulary.
+_TOKENS = {
+    "internvl": {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+}
+
+
+def tokenizer_fields(model_type: str) -> dict[str, Any]:
+    """Fields of tokenizer_config.json beside those that the tokenizer writes itself."""
+    return {"extra_special_tokens": _TOKENS[model_type]} if model_type in _TOKENS else {}
+
+
 def processor_files(model_type: str, family: Family, data: DataConfig) -> dict[str, str]:
     """Text of preprocessor_config.json, video_preprocessor_config.json and processor_config.json."""
     processor, image, video = _CLASSES[model_type]

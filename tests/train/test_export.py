@@ -2,27 +2,32 @@
 check of it fails for the fault it is there for."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from processes import TINY, run
+from processes import ROOT, TINY, run
 from safetensors.torch import load_file, save_file
 from tiny import contents, family_config, make_batch, make_data
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
+from swim.data_tools.records import Conversation, Turn
 from swim.train import export as module
 from swim.train import stock_reload, verify_export
 from swim.train.cli import app
 from swim.train.config import ConfigError
 from swim.train.export import ExportError, export, find_source, stored_tensors
-from swim.train.families import FAMILIES
+from swim.train.families import FAMILIES, Clip
 from swim.train.key_names import parameter_name
 from swim.train.predict import weights_digest
 from swim.train.serve import serve_lines
@@ -164,7 +169,7 @@ def test_adapters_leave_merged_or_alone(form, data, bases, tmp_path):
     assert ("--enable-lora" in vllm) == ("--enable-lora" in sglang) == (form == "adapter")
 
 
-@pytest.mark.parametrize("form", ["merged", "adapter"])
+@pytest.mark.parametrize("form", ["merged", pytest.param("adapter", marks=pytest.mark.slow)])
 def test_the_command_proves_it_in_a_fresh_process(form, data, bases, tmp_path):
     trained = finished(tmp_path / "run", on_base(data, bases("qwen2_5_vl"), LORA))
     out = str(tmp_path / "out")
@@ -182,6 +187,36 @@ def test_the_command_proves_it_in_a_fresh_process(form, data, bases, tmp_path):
         said = CliRunner().invoke(app, ["export", str(trained), "--out", str(tmp_path / "second")])
         assert said.exit_code == 2
         assert "1 only in the base (model.norm.weight)" in said.output
+
+
+def test_processor_files_written_as_data_make_the_real_processors(data, tmp_path):
+    """Models without a base: the stock processor of every family gives the trainer's pixels and tokens."""
+    torchvision = Path(os.environ.get("SWIM_TORCHVISION", ROOT / ".venv" / "torchvision"))
+    if not (torchvision / "torchvision").is_dir():
+        pytest.skip(f"no torchvision in {torchvision}; make env puts one there, SWIM_TORCHVISION names another folder")
+    frames, folders = verify_export._frames(), {}
+    for model_type in FAMILIES:
+        trained = finished(tmp_path / f"run_{model_type}", family_config(data.folder, model_type))
+        folders[model_type] = tmp_path / model_type
+        export(trained, folders[model_type], verify=False)
+        np.savez(folders[model_type] / "frames.npz", frames=frames)
+    program = Path(__file__).with_name("stock_processor.py")
+    command = [sys.executable, str(program), *map(str, folders.values())]
+    environment = {**os.environ, "PYTHONPATH": str(torchvision)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for model_type, folder in folders.items():
+        config = family_config(data.folder, model_type)
+        encoder, options = build_system(config).collator.encoder, config.data
+        pixels, grid = encoder.family.pixels(frames, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
+        step = encoder.family.frames_per_step
+        clip = Clip("x", pixels, grid, [[*range(i, i + step)] for i in range(0, 4, step)], step / 2, 2.0)
+        turns = [Turn(role="user", text="What does the dog do?"), Turn(role="assistant", text="It runs.")]
+        encoded = encoder(Conversation(task="x", span=None, turns=turns), name="x", clip=clip)
+        stock = np.load(folder / "stock.npz")
+        assert stock["input_ids"][0].tolist() == encoded.ids[: encoded.answer_start].tolist(), model_type
+        seen = stock["pixel_values_videos"] if "pixel_values_videos" in stock else stock["pixel_values"]
+        assert np.array_equal(seen.reshape(pixels.shape), pixels.numpy()), model_type
 
 
 # Faults of an exported folder, and the checks that must fail for them.
