@@ -75,8 +75,10 @@ def _square(model_type: str, family: Any) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _sampling(data: DataConfig) -> dict[str, Any]:
-    """How the stock video processor samples a whole clip; nearest to the recipe, whose segments' middles it lacks."""
+    """How the stock video processor samples if it is asked to; nearest to the recipe, whose segments' middles it lacks.
+
+    Whether it samples unasked stays the class's: callers that sample themselves would have it done twice.
+    """
     if data.frame_sampling == "fps":
-        rate = {"fps": data.fps, "min_frames": data.min_frames, "max_frames": data.num_frames}
-        return {"do_sample_frames": True, **rate}
-    return {"do_sample_frames": True, "num_frames": data.num_frames}
+        return {"fps": data.fps, "min_frames": data.min_frames, "max_frames": data.num_frames}
+    return {"num_frames": data.num_frames}
