@@ -33,13 +33,10 @@ def predictions_of(samples: Path) -> Iterator[dict[str, Any]]:
     """Predictions from a samples file of lmms-eval, in its order; ValueError for one that is not of our tasks."""
     for number, text in enumerate(samples.read_text().splitlines(), start=1):
         sample = json.loads(text)
-        unit = next(
-            (part for part in sample.values() if isinstance(part, dict) and {"id", "video"} <= part.keys()), None
-        )
+        parts = [part for part in sample.values() if isinstance(part, dict)]
+        unit = next((part for part in parts if {"id", "video"} <= part.keys()), None)
         if unit is None:
-            raise ValueError(
-                f"{samples}:{number}: no id and video in it; is it a samples file of a videorefer_bench task?"
-            )
+            raise ValueError(f"{samples}:{number}: no id and video in it; give the samples of a videorefer_bench task")
         answers = sample["filtered_resps"]
         yield {
             "id": unit["id"],

@@ -1,5 +1,4 @@
-"""VideoRefer-Bench-Q and -D as lmms-eval calls them; standard library only, for lmms-eval lives in an environment of its
-own.
+"""VideoRefer-Bench-Q and -D as lmms-eval calls them; standard library only: lmms-eval has an environment of its own.
 
 A line of videorefer_bench_q.jsonl: {id, video, Question, type, options: ["(A) ...", ...], Answer}; of
 videorefer_bench_d.jsonl: {id, video, Question, caption}. `video` is a path from the folder lmms-eval runs in, or a
@@ -83,8 +82,8 @@ def parse_official(answer: str) -> str | None:
 
 
 def parse_strict(answer: str, options: Mapping[str, str]) -> str | None:
-    """The letter of the one option that an answer names by its text, by its letter, or in a sentence like "the answer is
-    (B)"; None for none or for two different ones."""
+    """The letter of the one option that an answer names by its text, by its letter, or in a sentence like "the answer
+    is (B)"; None for none or for two different ones."""
     texts = {_normalised(text): letter for letter, text in options.items()}
     if (found := texts.get(_normalised(answer))) is not None:
         return found
@@ -97,7 +96,7 @@ def parse_strict(answer: str, options: Mapping[str, str]) -> str | None:
 
 
 def _normalised(text: str) -> str:
-    return " ".join(text.casefold().split()).rstrip(".!?,;: ")
+    return " ".join(text.casefold().split()).rstrip(".,;:!?。！？ ")
 
 
 def _framed(text: str, words: Mapping[str, str] | None) -> str:
