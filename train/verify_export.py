@@ -205,7 +205,9 @@ def _jobs(folder: Path, source: Source, form: Form, work: Path, messages: Messag
     inputs = {"inputs": str(work / "inputs.safetensors"), "messages": messages}
     base, jobs = source.config.model.path, []
     if form == "merged":
-        jobs.append({"folder": str(folder), "adapter": None, "logits": str(work / "folder.safetensors"), **inputs})
+        jobs.append(
+            {"folder": str(folder.resolve()), "adapter": None, "logits": str(work / "folder.safetensors"), **inputs}
+        )
     if source.weights.adapters and base is not None:
         adapter = folder
         if form == "merged":
@@ -214,8 +216,8 @@ def _jobs(folder: Path, source: Source, form: Form, work: Path, messages: Messag
             write_adapter(source, adapter)
         jobs.append(
             {
-                "folder": str(base_folder(base)),
-                "adapter": str(adapter),
+                "folder": str(base_folder(base).resolve()),
+                "adapter": str(adapter.resolve()),
                 "logits": str(work / "base.safetensors"),
                 **inputs,
             }

@@ -170,21 +170,23 @@ def test_adapters_leave_merged_or_alone(form, data, bases, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["merged", pytest.param("adapter", marks=pytest.mark.slow)])
-def test_the_command_proves_it_in_a_fresh_process(form, data, bases, tmp_path):
-    trained = finished(tmp_path / "run", on_base(data, bases("qwen2_5_vl"), LORA))
-    out = str(tmp_path / "out")
+def test_the_command_proves_it_in_a_fresh_process(form, data, bases, tmp_path, monkeypatch):
+    """With paths from where the user stands, which the process does not."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bases("qwen2_5_vl"), tmp_path / "models" / "base")
+    trained, out = finished(Path("runs", "one"), on_base(data, "models/base", LORA)), "models/out"
     said = CliRunner().invoke(app, ["export", str(trained), "--out", out, "--lora", form])
     assert said.exit_code == 0, said.output
     assert [line.split(":")[0] for line in said.output.splitlines()[:6]] == [
         f"ok    {c}" for c in [*CHECKS, "adapters"]
     ]
-    assert f"vllm serve {bases('qwen2_5_vl') if form == 'adapter' else out} " in said.output
-    record = json.loads((tmp_path / "out" / "swim_export.json").read_text())
+    assert f"vllm serve {'models/base' if form == 'adapter' else out} " in said.output
+    record = json.loads((tmp_path / out / "swim_export.json").read_text())
     assert record["form"] == form
     assert list(record["checks"]) == [*CHECKS, "adapters"]
     if form == "merged":  # a fault seen from the command: weights that only the fresh process can miss
         edit(trained / "model", lambda state: {name: t for name, t in state.items() if name != "model.norm.weight"})
-        said = CliRunner().invoke(app, ["export", str(trained), "--out", str(tmp_path / "second")])
+        said = CliRunner().invoke(app, ["export", str(trained), "--out", "second"])
         assert said.exit_code == 2
         assert "1 only in the base (model.norm.weight)" in said.output
 
