@@ -57,10 +57,10 @@ class Source:
 
 
 class Check(NamedTuple):
-    """A check of an exported folder: its name, whether it passed, and the figures."""
+    """A check of an exported folder: its name, whether it passed (None: it could not be made), and the figures."""
 
     name: str
-    passed: bool
+    passed: bool | None
     said: str
 
 
@@ -76,7 +76,7 @@ class Exported(NamedTuple):
     @property
     def passed(self) -> bool:
         """Whether no check failed; then the folder has its name."""
-        return all(check.passed for check in self.checks)
+        return all(check.passed is not False for check in self.checks)
 
 
 def find_source(run: Path, checkpoint: str | None, base: str | None) -> Source:
@@ -166,7 +166,8 @@ def export(
 
 def report(exported: Exported) -> str:
     """A line for every check, and those that serve the folder."""
-    lines = [f"{'ok  ' if passed else 'FAIL'}  {name}: {said}" for name, passed, said in exported.checks]
+    word = {True: "ok  ", False: "FAIL", None: "none"}
+    lines = [f"{word[passed]}  {name}: {said}" for name, passed, said in exported.checks]
     if not exported.passed:
         return "\n".join([*lines, f"not exported; what failed is left in {exported.folder}"])
     if not exported.checks:
