@@ -308,10 +308,10 @@ def check_difference(folder: Path, source: Source, form: Form, got: Mapping[str,
         if trained:
             moved_by += float((ours.float() - theirs.float()).square().sum())
             size += float(theirs.float().square().sum())
+    relative = (moved_by / max(size, 1e-30)) ** 0.5
     said = (
         f"{changed[True]} of {total[True]} trained tensors are not those of {source.config.model.path}, norm of the "
-        f"change {(moved_by / max(size, 1e-30)) ** 0.5:.1e} of theirs; {total[False] - changed[False]} of {total[False]} "
-        "frozen ones are"
+        f"change {relative:.1e} of theirs; {total[False] - changed[False]} of {total[False]} frozen ones are"
     )
     return Check("differs from base", changed[True] > 0 and not changed[False], said)
 
