@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 
 def reload(job: dict[str, Any]) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def reload(job: dict[str, Any]) -> dict[str, Any]:
     report |= {"class": type(model).__name__, "dtype": str(model.dtype).removeprefix("torch.")}
     tokenizer = AutoTokenizer.from_pretrained(job["adapter"] or job["folder"])
     report["tokens"] = tokenizer.apply_chat_template(job["messages"], return_dict=False)
+    report["processor"] = _processor(job["folder"])
     outputs = {}
     if job["adapter"]:
         model = _adapted(model, job["adapter"], report)
@@ -38,6 +39,15 @@ def reload(job: dict[str, Any]) -> dict[str, Any]:
         outputs["merged"] = _logits(model.merge_and_unload(), inputs)
     save_file(outputs, job["logits"])
     return report
+
+
+def _processor(folder: str) -> str | None:
+    """Class of the stock processor, which needs torchvision; None without a torchvision that works."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):  # RuntimeError: a build for another torch
+        return None
+    return type(AutoProcessor.from_pretrained(folder)).__name__
 
 
 def _adapted(model: Any, adapter: str, report: dict[str, Any]) -> Any:

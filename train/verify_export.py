@@ -42,7 +42,7 @@ from swim.train.weights import PROCESSOR_FILES, stock_description
 
 # Of the largest logit. In fp32 the order of sums differs; in bf16 every layer rounds, and merging rounds the weights.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 1e-2}
-_SAFE = {".json", ".jinja", ".safetensors", ".md", ".txt"}
+_SAFE = {".json", ".jinja", ".safetensors", ".md", ".txt", ".model"}  # .model: sentencepiece
 _NUM_FRAMES, _SIDE = 4, 112
 Messages = list[dict[str, str]]
 
@@ -251,8 +251,10 @@ def check_reload(reports: list[dict[str, Any]] | str, source: Source, messages: 
     tokens = tokenizer_and_config(source.config.model)[0].apply_chat_template(messages, return_dict=False)
     if reports[0]["tokens"] != tokens:
         problems.append("its tokenizer gives other tokens to a chat than the run's")
+    processor = reports[0]["processor"] or "no processor made, which needs torchvision"
     loaded = (
-        f"{reports[0]['class']} in {reports[0]['dtype']}, nothing missing or unexpected, {len(tokens)} tokens equal"
+        f"{reports[0]['class']} in {reports[0]['dtype']}, nothing missing or unexpected, {len(tokens)} tokens equal, "
+        f"{processor}"
     )
     return Check("reload", not problems, "; ".join(problems) or loaded)
 

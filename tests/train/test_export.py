@@ -343,6 +343,7 @@ def test_random_weights_that_the_run_does_not_keep_are_said_to_be_no_base(data, 
     assert "none  differs from base: not checked: the run started from random weights" in module.report(done)
 
 
+@pytest.mark.usefixtures("here")
 def test_a_merge_that_left_the_base_as_it_was_fails(data, bases, tmp_path):
     base = bases("qwen2_5_vl")
     trained = finished(tmp_path / "run", on_base(data, base, LORA))
@@ -449,6 +450,15 @@ def test_every_number_of_the_card_is_the_files(full, tmp_path):
     assert "expected 192" in card
     assert "licence CC0-1.0" in card
     assert "2 processes, 12 s of steps" in card
+    gone = yaml.safe_load((trained / "config.yaml").read_text())
+    gone["data"]["train"] = [{"path": str(tmp_path / "gone")}]
+    elsewhere = shutil.copytree(trained, tmp_path / "elsewhere")
+    (elsewhere / "config.yaml").write_text(yaml.safe_dump(gone))
+    export(elsewhere, tmp_path / "bare", verify=False)
+    bare = (tmp_path / "bare" / "README.md").read_text()
+    assert "look up its licences before you publish" in bare
+    assert "None were given to the export." in bare
+    assert "datasets" not in yaml.safe_load(bare.split("---\n")[1])
     results["provenance"]["weights"]["run"] = "0" * 16
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(ConfigError, match=r"scores of weights 0000000000000000, the run's are"):
