@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: env demo demo-short test test-all test-slurm lint bench bench-report format docs scaling kernel-resources demo-seeds
-.PHONY: energon-env ablations ablations-ci explain-page clean
+.PHONY: energon-env lmms-env ablations ablations-ci explain-page clean
 
 env: $(STAMP)
 
@@ -99,6 +99,15 @@ ablations: env
 
 ablations-ci: env
 	PYTHONPATH=. $(BIN)/python benchmarks/ablations.py --preset ci --out runs/ablations-ci
+
+# lmms-eval for the slow tests that our tasks and an exported model run there; as above. torchvision is the oracle's: on
+# CPU torch it imports only where its operators are declared first, which the test does. About 1.5 GB.
+lmms-env: env
+	test -x $(VENV)/lmms/bin/python || $(BIN)/python -m venv $(VENV)/lmms
+	$(VENV)/lmms/bin/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(VENV)/lmms/bin/pip install --quiet --disable-pip-version-check -r tests/lmms_requirements.txt
+	$(VENV)/lmms/bin/pip install --quiet --disable-pip-version-check --no-deps lmms-eval==0.7.3 \
+		qwen-vl-utils==0.0.14 "$$(sed -n 's/^# oracle: //p' constraints.txt)"
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info

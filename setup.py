@@ -34,6 +34,7 @@ setup(
     package_data={
         "swim.data_tools": ["*.json"],
         "swim.evaluation": ["*.jinja", "*.js"],
+        "swim.evaluation.lmms_tasks": ["*.yaml"],
         **{f"swim.{name}": patterns for name, patterns in DATA.items()},
     },
     install_requires=[

@@ -1,11 +1,11 @@
-"""The `swim` command: data, estimate, train, evaluate, explain, demo, doctor."""
+"""The `swim` command: data, estimate, train, evaluate, explain, export, demo, doctor."""
 
 import contextlib
 import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -256,6 +256,32 @@ def explain(
     for line in found.said:
         print(line)
     print(f"{out}: " + ", ".join(f"{part} {size / 2**20:.2f} MiB" for part, size in found.sizes.items()))
+
+
+@app.command()
+@one_message
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; an earlier export there is replaced.")],
+    lora: Annotated[Literal["merged", "adapter"], typer.Option(help="Adapters: in the weights, or alone.")] = "merged",
+    checkpoint: Annotated[
+        str | None, typer.Option(metavar="last|best|STEP", help="Of a checkpoint; default: the finished run's model.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Check names, a stock reload, logits, base and adapters.")] = True,
+    base: Annotated[str | None, typer.Option(help="Where the run's base model lies now.")] = None,
+    results: Annotated[Path | None, typer.Option(help="results.json of the run, for the model card.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="For the card; default: the base's.")] = None,
+) -> None:
+    """Write a run's model as a stock transformers folder and verify it; exit with 1 if a check fails."""
+    from swim.train.export import export as export_run
+    from swim.train.export import report
+
+    exported = export_run(
+        run, out, form=lora, checkpoint=checkpoint, base=base, verify=verify, results=results, licence=licence
+    )
+    print(report(exported))
+    if not exported.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -150,9 +150,8 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def finish_folder(
+def fill_folder(
     hidden: Path,
-    folder: Path,
     stock: Mapping[str, Any],
     shapes: dict[str, Tensor],
     tokenizer: Any,
@@ -160,7 +159,7 @@ def finish_folder(
     most: int,
     adapters: Mapping[str, Tensor],
 ) -> None:
-    """Everything but the weights, then the name."""
+    """Everything but the weights."""
     plan = _plan(shapes, most)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
@@ -174,11 +173,21 @@ def finish_folder(
     for name in PROCESSOR_FILES:
         if found := base and cached_file(base, name, _raise_exceptions_for_missing_entries=False):
             shutil.copyfile(found, hidden / name)
+
+
+def name_folder(hidden: Path, folder: Path) -> None:
+    """Sync what `hidden` holds and give it its name, in place of what has it."""
     for path in [*hidden.rglob("*"), hidden]:
         sync(path)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(hidden, folder)
     sync(folder.resolve().parent)
+
+
+def finish_folder(hidden: Path, folder: Path, *parts: Any) -> None:
+    """Everything but the weights (`parts` as `fill_folder` takes them), then the name."""
+    fill_folder(hidden, *parts)
+    name_folder(hidden, folder)
 
 
 def _attempt(action: Callable[..., None], *arguments: Any) -> str | None:
