@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: env demo demo-short test test-all test-slurm lint bench bench-report format docs scaling kernel-resources demo-seeds
-.PHONY: energon-env lmms-env ablations ablations-ci explain-page clean
+.PHONY: energon-env lmms-env ablations ablations-ci first-run explain-page clean
 
 env: $(STAMP)
 
@@ -96,6 +96,10 @@ energon-env: env
 # docs/ablations.md: 103 runs of the tiny recipe, about 75 seconds of one core each. The preset checks the path.
 ablations: env
 	PYTHONPATH=. $(BIN)/python benchmarks/ablations.py
+
+# The commands of docs/first_run.md, and whether they print what it says.
+first-run: env
+	$(BIN)/python -m pytest -q -m slow tests/test_first_run.py
 
 ablations-ci: env
 	PYTHONPATH=. $(BIN)/python benchmarks/ablations.py --preset ci --out runs/ablations-ci

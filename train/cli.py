@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -312,6 +313,8 @@ def main() -> None:
     # Before torch is imported: on a few cores a second thread only waits for the first.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if shutil.which("nvidia-smi") is None:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed announces its choice on stdout
     from swim.data_tools.mixture import PlanError
     from swim.data_tools.shards import ShardError
     from swim.train.config import ConfigError
