@@ -33,7 +33,7 @@ setup(
     package_dir=packages(),
     package_data={
         "swim.data_tools": ["*.json"],
-        "swim.evaluation": ["*.jinja"],
+        "swim.evaluation": ["*.jinja", "*.json"],
         **{f"swim.{name}": patterns for name, patterns in DATA.items()},
     },
     install_requires=[
