@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluation_lines import make_file
 from matplotlib.image import imread
 
 from swim.evaluation.alignment import METRICS
+from swim.evaluation.benchmarks.alignment import PROTOCOL, SCORED, score
 from swim.evaluation.figures import curves_png, smooth, strip_figure, strip_png
 from swim.evaluation.report import DEFINITIONS, ArmFiles, read_jsonl, write_report
-from swim.evaluation.scores import score, write_results
+from swim.evaluation.scores import Settings, write_results
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.test/a.png>\"' $\\frac {{ 7 * 7 }}"
 Build = Callable[..., dict[str, Any]]
@@ -58,8 +60,10 @@ def _write(folder: Path, arms: dict[str, list[dict[str, Any]]], ids: list[str], 
         paths = [folder / f"{number}.{part}.jsonl" for part in ("predictions", "metrics", "quarantine")]
         paths[0].write_text("".join(json.dumps(line) + "\n" for line in lines))
         files[name] = ArmFiles(*paths)
-        scores[name] = score(paths[0], expected_ids=ids, resamples=100) | {"seconds": 10.0 + number}
-    results = write_results(folder / "results.json", scores, provenance={HOSTILE: {"a": [1, HOSTILE]}})
+        scores[name] = score(make_file(paths[0], ids), Settings(resamples=100)) | {"seconds": 10.0 + number}
+    results = write_results(
+        folder / "results.json", scores, SCORED, protocol=PROTOCOL, provenance={HOSTILE: {"a": [1, HOSTILE]}}
+    )
     options = {"title": "Demo", "frames_for": _frames_for, "mask_for": _mask_for, "results": results} | options
     write_report(folder / "report.html", arms=files, **options)
     return (folder / "report.html").read_text(encoding="utf-8")
