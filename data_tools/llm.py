@@ -261,7 +261,7 @@ class Client:
         named = reply.get("model")
         # A name may stand for its dated snapshot, but who counts on the very model wants to be told.
         wrong = isinstance(named, str) and not named.lower().startswith(self.model.lower())
-        if wrong or (self._exact_model and named != self.model):
+        if wrong or (self._exact_model and content and named != self.model):
             raise LlmError(f"{self.url} was asked for model {self.model!r} and answered as {named!r}; ask by that name")
         if not content:
             raise ReplyError(f"no text in the reply {raw[:200]!r}")
