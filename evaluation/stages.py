@@ -66,6 +66,7 @@ def score_files(
         protocol={
             **found.protocol,
             "predictions": {file.header.name: dict(file.header.protocol) for file in files},
+            "systems": {file.header.name: file.header.provenance.get("system") for file in files},
         },
         provenance={
             "scored_by": software(("numpy",)),
@@ -204,7 +205,7 @@ def report(folder: Path, data: str | Path | None = None) -> Path:
     files = {}
     for arm in arms_of(results):
         predictions = (folder / results["provenance"]["files"][arm]).resolve()
-        run = predictions.parent.parent.parent  # of a run's own predictions: RUN/evaluation/DATA-WEIGHTS
+        run = _run_of(predictions, results["provenance"]["arms"][arm])
         files[arm] = ArmFiles(predictions, run / "metrics.jsonl", run / "quarantine.jsonl")
     frames_for, mask_for = readers(data) if data is not None else (_no_frames, _no_mask)
     write_report(
@@ -216,6 +217,12 @@ def report(folder: Path, data: str | Path | None = None) -> Path:
         mask_for=mask_for,
     )
     return out
+
+
+def _run_of(predictions: Path, provenance: Mapping[str, Any]) -> Path:
+    """Folder of the run that predicted: around its own predictions, or else around the model as it was named."""
+    own = predictions.parent.parent.parent
+    return own if (own / "config.yaml").exists() else Path(provenance.get("model", {}).get("path", "")).parent
 
 
 def _no_frames(*_: Any) -> np.ndarray:
