@@ -73,21 +73,20 @@ def letter_of(target: str) -> str | None:
 def shuffle_options(conversation: Conversation, seed: int, name: str) -> Conversation:
     """The conversation with the texts of its options in another order and its target's letter changed accordingly.
 
-    The order depends on the seed and on `name`, and differs from the old one. ValueError without two options, without
-    a letter as target, and for mentions behind the first option, which would lose their place.
+    The order depends on the seed and on `name`, and no option stays where it was. ValueError without two different
+    options, without a letter as target, and for mentions behind the first option, which would lose their place.
     """
     asked = max((i for i, turn in enumerate(conversation.turns) if turn.role == "user"), default=-1)
     prompt, target = conversation.turns[asked], conversation.turns[-1]
     found, letter = list(OPTION.finditer(prompt.text)), letter_of(target.text)
     texts = [match[2] for match in found]
-    if asked < 0 or len(set(texts)) < 2 or letter not in {match[1] for match in found}:
+    if asked < 0 or not 1 < len(set(texts)) == len(texts) or letter not in {match[1] for match in found}:
         raise ValueError(f"{name}: no question with lettered options and a letter as answer")
     if any(mention.end > found[0].start() for mention in prompt.mentions):
         raise ValueError(f"{name}: a mention lies in the options, which cannot be shuffled")
-    rng = np.random.default_rng([seed, *name.encode()])
-    order = list(range(len(texts)))
-    while [texts[i] for i in order] == texts:
-        order = rng.permutation(len(texts)).tolist()
+    # Turned round, so that every option moves, the right one too: a model that likes a letter is to be found out.
+    shift = int(np.random.default_rng([seed, *name.encode()]).integers(1, len(texts)))
+    order = [(i + shift) % len(texts) for i in range(len(texts))]
     text, last = "", 0
     for match, source in zip(found, order):
         text += prompt.text[last : match.start(2)] + texts[source]

@@ -59,14 +59,14 @@ def test_shuffled_options_keep_the_answer_and_change_its_place(seed: int) -> Non
     assert target is not None
     assert options[target] == "the blue one"
     assert sorted(options.values()) == sorted(options_of(QUESTION).values())
-    assert prompt != QUESTION
+    assert all(options[letter] != text for letter, text in options_of(QUESTION).items())
     assert prompt.startswith("Which cup moves?\n(A) ")
     assert changed.turns[0].mentions == [mention]
     assert shuffle_options(_asked(mentions=(mention,)), seed, "a#0") == changed
 
 
 def test_orders_differ_between_questions() -> None:
-    assert len({shuffle_options(_asked(), 0, f"a#{i}").turns[0].text for i in range(8)}) > 3
+    assert len({shuffle_options(_asked(), 0, f"a#{i}").turns[0].text for i in range(20)}) == 3
 
 
 @pytest.mark.parametrize("target", ["B", "(B)", "B.", "(B) the blue one", "B: the blue one", " B "])

@@ -16,13 +16,17 @@ import yaml
 from processes import ROOT, environment
 from tiny import make_data, requests, tiny_config
 
+from swim.data_tools.convert import convert
 from swim.data_tools.records import Mention, Turn
 from swim.data_tools.rewording import letter_of, options_of
+from swim.data_tools.rle import encode_mask
+from swim.data_tools.sources.nl_refer import SOURCE as NL_REFER
+from swim.data_tools.video import encode_video
 from swim.evaluation.benchmarks.alignment import score
 from swim.evaluation.detail import decode_maps
 from swim.evaluation.predictions import parse_prediction, read_header, read_lines
 from swim.evaluation.scores import Settings
-from swim.evaluation.stages import load
+from swim.evaluation.stages import load, score_files
 from swim.train.config import ConfigError
 from swim.train.predict import Options, find_model, predict, reword
 from swim.train.system import Request, View, build_system
@@ -275,6 +279,34 @@ def test_options_are_shuffled_in_prompt_and_target(run_folder, built, shards, tm
     (line,) = system.predict(model, Request(again, (0,)), View(max_new_tokens=2))
     assert options_of(line["prompt"])[letter_of(line["target"])] == "right"
     assert line["prompt"] != prompt
+
+
+def test_a_question_of_the_benchmark_goes_from_its_file_to_a_score(run_folder, tmp_path):
+    size = 112
+    mask = np.zeros((size, size), bool)
+    mask[20:60, 20:50] = True
+    (tmp_path / "a.mp4").write_bytes(encode_video(np.full((6, size, size, 3), 90, np.uint8), 6))
+    rle = encode_mask(mask)
+    options = ["(A) left", "(B) right", "(C) up", "(D) down"]
+    question = "Which way does the <ins>circle</ins> go?"
+    row = {"video": "a.mp4", "Question": question, "options": options, "Answer": "(B)", "type": "Basic"}
+    row["annotation"] = [{"0": {"segmentation": rle | {"size": list(rle["size"])}}}]
+    (tmp_path / "q.json").write_text(json.dumps([row]))
+    convert(NL_REFER, [tmp_path / "q.json"], tmp_path / "shards", video_root=tmp_path)
+    asked = replace(QUICK, benchmark="videorefer-bench-q")
+    paths = {}
+    for name, changed in {"plain": asked, "shuffled": replace(asked, shuffle_options=3)}.items():
+        paths[name], ids = predict(run_folder, tmp_path / "shards", options=changed, out=tmp_path / f"{name}.jsonl")
+    found = score_files([load(paths["plain"])], tmp_path / "out", variants={"shuffled": load(paths["shuffled"])})
+    (id,) = ids
+    assert found["mine"]["coverage"]["scored"] == 1
+    assert list(found["mine"]["by_type"]) == ["multiple_choice: Basic"]
+    lines = {name: lines_of(path)[id] for name, path in paths.items()}
+    for line in lines.values():
+        assert options_of(line.prompt)[letter_of(line.target)] == "right"
+        assert [noun.text for noun in line.nouns] == ["circle"]
+    assert lines["plain"].target == "(B)" != lines["shuffled"].target
+    assert found["mine"]["variants"]["shuffled"]["consistency"]["num"] == 1
 
 
 def test_nothing_is_learned_while_predicting(built, shards):
