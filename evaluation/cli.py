@@ -98,7 +98,8 @@ def score(
             options.dry_run(pairs, judge, folder / "judge.jsonl", judge_price)
             return
         options.ask(pairs, judge, folder / "judge.jsonl")
-    settings = Settings(seed, resamples, judge=folder / "judge.jsonl")
+    about = None if judge is None else judge.identity()
+    settings = Settings(seed, resamples, judge=folder / "judge.jsonl", judged_by=about)
     results = score_files(files, folder, settings=settings, variants=variants)
     print_results(results)
     print(f"results: {folder / 'results.json'}")
@@ -124,7 +125,7 @@ def judge_check(
 ) -> None:
     """Have a judge grade a few hand-labelled pairs; exit with 1 if it does not put them in order."""
     from swim.evaluation.calibration import calibration_pairs, check, describe, read_calibration
-    from swim.evaluation.judge import identity, read_judged
+    from swim.evaluation.judge import read_judged
 
     if judge_url is None:
         raise PredictionsError("--judge-url is missing: give the endpoint of the judge")
@@ -147,7 +148,7 @@ def judge_check(
         options.dry_run(calibration_pairs(entries), judge, path, judge_price)
         return
     options.ask(calibration_pairs(entries), judge, path)
-    found = check(entries, read_judged(path, identity(judge.client(), judge.profile)), judge.profile)
+    found = check(entries, read_judged(path, judge.identity()), judge.profile)
     print(describe(found))
     if found["ordering"] < at_least:
         print(f"below {at_least:.0%}: this judge is not fit to judge", file=sys.stderr)

@@ -47,19 +47,27 @@ def kept_steps(annotated: Sequence[bool], bytes_per_step: int) -> list[int]:
     return [steps[i] for i in np.linspace(0, len(steps) - 1, fitting).round().astype(int)]
 
 
-def score_layers(lines: Sequence[Prediction], settings: Settings) -> dict[str, Any] | None:
-    """Metrics of every layer (head mean) and head, means over clips; None when no line has such maps.
+LayerRow = tuple[tuple[int, int | None], Mapping[str, float]]
+BROKEN = (ValueError, KeyError, TypeError, IndexError)  # what reading a detail that is none may raise
+
+
+def layer_rows(line: Prediction) -> list[LayerRow]:
+    """Metrics of each (layer, None) and (layer, head) that the line's nouns have maps of; any of BROKEN."""
+    return [row for noun in line.nouns for row in _rows(noun)]
+
+
+def score_layers(rows: Sequence[tuple[str, Sequence[LayerRow]]], settings: Settings) -> dict[str, Any] | None:
+    """Metrics of every layer (head mean) and head, means over clips, from (clip, rows); None when there are no rows.
 
     `best_head` is chosen by AP on the even-numbered clips and measured on the odd ones, beside the head mean there.
     """
     layers, heads = dict[str, dict[int, Any]](), dict[str, dict[tuple[int, int], Any]]()
-    for line in lines:
-        for noun in line.nouns:
-            for (layer, head), row in _rows(noun):
-                if head is None:
-                    layers.setdefault(line.clip, {}).setdefault(layer, []).append(row)
-                else:
-                    heads.setdefault(line.clip, {}).setdefault((layer, head), []).append(row)
+    for clip, of_line in rows:
+        for (layer, head), row in of_line:
+            if head is None:
+                layers.setdefault(clip, {}).setdefault(layer, []).append(row)
+            else:
+                heads.setdefault(clip, {}).setdefault((layer, head), []).append(row)
     if not layers:
         return None
     names = sorted({layer for of_clip in layers.values() for layer in of_clip})
@@ -80,8 +88,7 @@ def score_layers(lines: Sequence[Prediction], settings: Settings) -> dict[str, A
     return found
 
 
-def _rows(noun: Noun) -> Iterator[tuple[tuple[int, int | None], Mapping[str, float]]]:
-    """Metrics of each (layer, None) and (layer, head) that a noun has maps of."""
+def _rows(noun: Noun) -> Iterator[LayerRow]:
     detail = noun.detail or {}
     if "layer_maps" not in detail:
         return

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from swim.data_tools.llm import Client
-from swim.evaluation.judge import Pair, estimate_cost, judge
+from swim.evaluation.judge import Pair, estimate_cost, identity, judge
 from swim.evaluation.judge_profiles import Profile, find_profile
 from swim.evaluation.predictions import PredictionsError
 
@@ -61,6 +61,10 @@ class JudgeOptions:
             exact_model=True,
             flag="--judge",
         )
+
+    def identity(self) -> dict[str, Any]:
+        """Who judges, as judge.jsonl has it."""
+        return identity(replace(self, cache=Path(":memory:")).client(), self.profile)
 
 
 def judge_options(

@@ -155,7 +155,7 @@ def parse_prediction(line: Mapping[str, Any]) -> Prediction:
         return _parse(id, line)
     except KeyError as error:
         problem = f"the prediction lacks the key {error}"
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         problem = str(error)
     return Prediction(id, clip_of(id), error=problem, status="unparsed")
 
@@ -172,6 +172,8 @@ def _objects(source: Path | str | Iterable[Mapping[str, Any]]) -> Iterator[tuple
                 continue
             try:
                 found = json.loads(data.decode())
+                if b"\\u" in data:  # half a character, which could not be written again
+                    json.dumps(found, ensure_ascii=False).encode()
             except (ValueError, RecursionError) as error:
                 found = f"not a JSON line ({error})" + ("" if data.endswith(b"\n") else "; cut off in mid-write")
             yield f"line {number}", found if isinstance(found, dict | str) else "not a JSON object"

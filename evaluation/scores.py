@@ -45,6 +45,7 @@ class Settings:
     seed: int = 0
     resamples: int = 2000
     judge: Path | None = None
+    judged_by: Mapping[str, Any] | None = None  # whose replies count; default: those of the last one in the file
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ Alignment is averaged steps -> noun -> id -> clip -> mean over clips, accuracy o
 prediction counts as wrong and as `alignment.WORST`; so does a noun that the answer should have named and did not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from swim.evaluation.alignment import (
@@ -21,7 +22,7 @@ from swim.evaluation.alignment import (
     noun_metrics,
 )
 from swim.evaluation.answers import chance_level, is_correct
-from swim.evaluation.detail import score_layers
+from swim.evaluation.detail import BROKEN, LayerRow, layer_rows, score_layers
 from swim.evaluation.pixels import PIXEL_METRICS, line_metrics
 from swim.evaluation.pixels import PROTOCOL as PIXEL_PROTOCOL
 from swim.evaluation.predictions import Expected, Noun, Prediction
@@ -74,12 +75,39 @@ def score(file: PredictionFile, settings: Settings) -> dict[str, Any]:
             "clips": len(values["ap"]),
             "excluded_clips": results["coverage"]["annotated_clips"] - len(values["ap"]),
         }
-    lines = [line for _, line in pairs]
-    if (layers := score_layers(lines, settings)) is not None:
+    kept = _read_details([line for _, line in pairs])
+    results["coverage"]["broken_details"] = kept.broken
+    if (layers := score_layers(kept.layers, settings)) is not None:
         results["by_layer"] = layers
-    if (pixels := _score_pixels(pairs, units, settings)) is not None:
-        results["pixels"] = pixels
+    if any(kept.pixels):
+        # A line without pixels counts worst where others have them; `value_scored_only` is the release's mean.
+        on_pixels = [
+            unit | {"status": unit["status"] if row or not unit["prevalences"] else "failed", "values": row or {}}
+            for unit, row in zip(units, kept.pixels)
+        ]
+        results["pixels"] = {metric.name: estimate(on_pixels, metric, settings) for metric in PIXEL_METRICS}
     return results
+
+
+@dataclass
+class _Details:
+    layers: list[tuple[str, list[LayerRow]]]
+    pixels: list[dict[str, float] | None]
+    broken: list[str]
+
+
+def _read_details(lines: Sequence[Prediction]) -> _Details:
+    """What is kept beside the maps; a line whose details cannot be read has none, and is listed."""
+    found = _Details([], [], [])
+    for line in lines:
+        try:
+            layers, pixels = layer_rows(line), line_metrics(line)
+        except BROKEN as error:
+            found.broken.append(f"{line.id}: {type(error).__name__}: {error}")
+            layers, pixels = [], None
+        found.layers.append((line.clip, layers))
+        found.pixels.append(pixels)
+    return found
 
 
 def _unit(expected: Expected, line: Prediction, clip_nouns: Sequence[Noun]) -> Unit:
@@ -135,17 +163,6 @@ def _rows_by_clip(units: Sequence[Unit], key: str, name: str) -> dict[str, list[
         if unit[key] is not None:
             values.setdefault(unit["clip"], []).append(unit[key][name])
     return {clip: [sum(of_clip) / len(of_clip)] for clip, of_clip in values.items()}
-
-
-def _score_pixels(
-    pairs: Sequence[tuple[Expected, Prediction]], units: Sequence[Unit], settings: Settings
-) -> Mapping[str, Any] | None:
-    """Estimates on pixels, failures worst, if any line has pixels; `value_scored_only` is the release's mean."""
-    rows = [line_metrics(line) for _, line in pairs]
-    if not any(rows):
-        return None
-    on_pixels = [unit | {"values": row or {}} for unit, row in zip(units, rows)]
-    return {metric.name: estimate(on_pixels, metric, settings) for metric in PIXEL_METRICS}
 
 
 BENCHMARK = Benchmark(

@@ -37,7 +37,7 @@ def score(file: PredictionFile, settings: Settings) -> dict[str, Any]:
     pairs = {pair.id: pair for pair in pairs_of(file)}
     judged = [
         line
-        for line in read_judged(path)
+        for line in read_judged(path, settings.judged_by)
         if line["arm"] == file.header.name and line["id"] in pairs and line["pair"] == pairs[line["id"]].digest
     ]
     replies: dict[str, dict[int, Mapping[str, Any]]] = {}

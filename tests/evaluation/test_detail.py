@@ -8,7 +8,7 @@ import pytest
 
 from swim.evaluation import detail as module
 from swim.evaluation.alignment import METRICS, noun_metrics
-from swim.evaluation.detail import decode_maps, encode_maps, kept_steps, score_layers
+from swim.evaluation.detail import decode_maps, encode_maps, kept_steps, layer_rows, score_layers
 from swim.evaluation.predictions import Noun, Prediction
 from swim.evaluation.scores import Settings
 
@@ -52,19 +52,20 @@ def _line(clip: str, right_head: int) -> Prediction:
 
 
 def test_layers_and_heads_have_scores_of_their_own() -> None:
-    got = score_layers([_line(clip, 0) for clip in "abcd"], Settings(resamples=50))
+    got = score_layers([(clip, layer_rows(_line(clip, 0))) for clip in "abcd"], Settings(resamples=50))
     assert got is not None
     assert got["layers"]["3"]["pointing"]["value"] == 0.5  # the mean of both heads is even
     assert (got["heads"]["3.0"]["pointing"], got["heads"]["3.1"]["pointing"]) == (1, 0)
     assert got["heads"]["5.0"]["auc"] == 0.5
     assert (got["best_head"]["head"], got["best_head"]["metrics"]["pointing"]["value"]) == ("3.0", 1)
     assert got["best_head"]["head_mean"]["pointing"]["value"] == 0.5
-    assert score_layers([Prediction("a#0", "a")], Settings()) is None
+    assert score_layers([("a", layer_rows(Prediction("a#0", "a")))], Settings()) is None
 
 
 def test_the_best_head_is_measured_on_other_clips() -> None:
     # On clips a and c head 0 is right, on b and d head 1: what was chosen on the former is wrong on the latter.
-    got = score_layers([_line(clip, number % 2) for number, clip in enumerate("abcd")], Settings(resamples=50))
+    rows = [(clip, layer_rows(_line(clip, number % 2))) for number, clip in enumerate("abcd")]
+    got = score_layers(rows, Settings(resamples=50))
     assert got is not None
     assert (got["best_head"]["head"], got["best_head"]["metrics"]["pointing"]["value"]) == ("3.0", 0)
     assert got["best_head"]["chosen_by"] == "ap on 2 clips, measured on 2 others"

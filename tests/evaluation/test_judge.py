@@ -298,6 +298,20 @@ def test_repeats_give_a_median_and_a_spread(tmp_path: Path) -> None:
     assert got["judge"]["sd_between_repeats"] == pytest.approx(a["judge_sd"] / 2)
 
 
+def test_replies_of_two_judges_are_never_mixed(tmp_path: Path) -> None:
+    lines = [_described(id) for id in IDS]
+    file, path = make_file(lines, IDS, benchmark="videorefer-bench-d"), tmp_path / "judge.jsonl"
+    with serve(lambda body: completion(grades(*[5 - body["temperature"] * 4] * 4))) as stub:
+        cold, warm = (client(stub, tmp_path, params={"temperature": t}) for t in (0, 1))
+        for made in (cold, warm, cold):
+            judge(pairs_of(file), ROBUST, made, path)
+    found = {
+        t: score(file, Settings(resamples=50, judge=path, judged_by=identity(made, ROBUST)))["average"]["value"]
+        for t, made in (("cold", cold), ("warm", warm))
+    }
+    assert found == {"cold": 5, "warm": 1}
+
+
 def test_answers_without_replies_are_refused(tmp_path: Path) -> None:
     _judged(tmp_path, {"a": [grades(1, 1, 1, 1)], "b": [grades(1, 1, 1, 1)], "c": [grades(1, 1, 1, 1)]}, ROBUST)
     changed = make_file([_described("a#0", "another answer")], ["a#0"], benchmark="videorefer-bench-d")

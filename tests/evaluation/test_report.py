@@ -18,6 +18,7 @@ from swim.evaluation.benchmarks.alignment import PROTOCOL, SCORED, score
 from swim.evaluation.figures import curves_png, smooth, strip_figure, strip_png
 from swim.evaluation.report import DEFINITIONS, ArmFiles, read_jsonl, write_report
 from swim.evaluation.scores import Settings, write_results
+from swim.evaluation.stages import report, score_files
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.test/a.png>\"' $\\frac {{ 7 * 7 }}"
 Build = Callable[..., dict[str, Any]]
@@ -90,6 +91,25 @@ def test_data_cannot_inject_markup_or_requests(tmp_path: Path, line: Build, noun
     # Escaped, not dropped: title, answer, target, failure, quarantine and provenance can all be read.
     assert page.text.count(HOSTILE) >= 10
     assert hostile_key in page.text
+
+
+def test_the_page_of_a_benchmark_escapes_its_data(tmp_path: Path) -> None:
+    ids = ["a#0", "b#0"]
+    question = {
+        "id": "a#0",
+        "clip": "a",
+        "task": HOSTILE,
+        "prompt": HOSTILE,
+        "target": "(A)",
+        "answer": HOSTILE,
+        "nouns": [],
+    }
+    lines = [question, {"id": "b#0", "clip": "b", "error": HOSTILE}]
+    score_files([make_file(lines, ids, benchmark="videorefer-bench-q", name=HOSTILE)], tmp_path)
+    page = _Page(report(tmp_path).read_text(encoding="utf-8"))
+    assert not {"script", "link", "iframe", "object", "base", "img"} & set(page.tags)
+    assert not any(name.startswith("on") or name in ("src", "href") for name, _ in page.attributes)
+    assert page.text.count(HOSTILE) >= 4
 
 
 def test_page_states_the_numbers_the_failures_and_the_examples(tmp_path: Path, line: Build, noun: Build) -> None:

@@ -52,7 +52,7 @@ def test_scores_of_a_complete_run(lines: Lines) -> None:
     assert got["coverage"] == {
         "expected": 4, "predicted": 4, "scored": 4, "failed": 0, "missing": 0, "clips": 3, "annotated_clips": 3,
         "nouns": 5, "steps": {"scored": 10, "absent": 0, "unannotated": 0}, "unparsed": 0, "unsaid_nouns": 0,
-        "duplicate_lines": 0, "broken_lines": [],
+        "duplicate_lines": 0, "broken_lines": [], "broken_details": [],
     }  # fmt: skip
 
 
@@ -114,6 +114,7 @@ def test_predictions_of_other_ids_are_refused(lines: Lines) -> None:
         ({"answer": None}, {}, "must be strings"),
         ({}, {"map": [[0.5, 0.5]]}, "expected"),
         ({}, {"map": "no"}, "could not convert"),
+        ({}, {"map": [[[10**400]]]}, "too large"),
         ({}, {"frames": [[0, 1]]}, "expected"),
         ({}, {"coverage": [[[2.0] * 4] * 2] * 2}, "in [0, 1]"),
         ({"nouns": [{"text": "circle"}]}, {}, "'map'"),
@@ -154,6 +155,32 @@ def test_a_broken_file_scores_with_the_right_coverage(tmp_path: Path, lines: Lin
     assert "cut off in mid-write" in coverage["broken_lines"][-1]
     assert (got["accuracy"]["value"], got["accuracy"]["value_scored_only"]) == (0.25, 1.0)
     assert got["pointing"]["value"] == pytest.approx((0.5 + 0 + 0) / 3)  # clip a: one id of two
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [
+        5, {"layer_maps": "?"}, {"layer_maps": "AAAA", "steps": [0], "layers": [1]}, {"steps": [9], "layer_maps": ""},
+        {"layer_maps": "", "steps": [0, 7], "layers": []}, {"token_maps": "", "masks": {"99": {}}},
+        {"token_maps": "AAAA", "masks": {"0": {"size": [2, 2], "counts": "x"}}},
+    ],
+)  # fmt: skip
+def test_details_that_cannot_be_read_cost_only_themselves(detail: Any, lines: Lines) -> None:
+    changed = lines()
+    changed[0]["nouns"][0]["detail"] = detail
+    got, want = score(changed, expected_ids=IDS), score(lines(), expected_ids=IDS)
+    assert len(got["coverage"]["broken_details"]) == 1
+    assert got["pointing"] == want["pointing"]
+    assert "by_layer" not in got
+
+
+def test_half_a_character_costs_its_line_only(tmp_path: Path, lines: Lines) -> None:
+    path = tmp_path / "predictions.jsonl"
+    emoji = lines()[1] | {"answer": "\N{DOG FACE}"}
+    path.write_text(json.dumps(lines()[0] | {"answer": "\ud800"}) + "\n" + json.dumps(emoji) + "\n")
+    got = score(path, expected_ids=IDS)
+    assert (got["coverage"]["scored"], got["coverage"]["missing"]) == (1, 3)
+    assert len(got["coverage"]["broken_lines"]) == 1
 
 
 def test_a_noun_that_the_answer_lacks_counts_worst(lines: Lines) -> None:
