@@ -368,9 +368,9 @@ def _score_command(path: Path, url: str, *more: str) -> list[str]:
 
 
 def test_a_judge_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
-    path = write_file(
-        tmp_path / "predictions.jsonl", [_described(id) for id in IDS], IDS, benchmark="videorefer-bench-d"
-    )
+    # All different: what is asked twice is asked once.
+    lines = [_described(id, f"A brown cup, {id}.") for id in IDS]
+    path = write_file(tmp_path / "predictions.jsonl", lines, IDS, benchmark="videorefer-bench-d")
     environment = os.environ | {"NO_PROXY": "127.0.0.1"}
 
     def slowly(_: dict[str, Any]) -> Answer:
@@ -390,6 +390,7 @@ def test_a_judge_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
             time.sleep(0.05)
         first.send_signal(signal.SIGKILL)
         first.wait()
+        assert judged.read_bytes().count(b"\n") < 5
         with judged.open("ab") as file:
             file.write(b'{"id": "cut off')
         again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
