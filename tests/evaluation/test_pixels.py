@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluation_lines import make_file
 from sklearn.metrics import (
     average_precision_score,
     f1_score,
@@ -15,9 +16,11 @@ from sklearn.metrics import (
 )
 
 from swim.data_tools.rle import encode_mask
+from swim.evaluation.benchmarks.alignment import score
 from swim.evaluation.detail import encode_maps
 from swim.evaluation.pixels import NAMES, line_metrics, pixel_metrics
 from swim.evaluation.predictions import Noun, Prediction
+from swim.evaluation.scores import Settings
 
 
 def _upsampled(map_HW: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -94,6 +97,24 @@ def _noun(token_maps: np.ndarray, masks: dict[int, np.ndarray]) -> Noun:
     }
     shape = token_maps.shape[1:]
     return Noun("x", 0, 0, 1, ("x",), ((0, 1), (2, 3)), np.ones(shape), (None,) * shape[0], detail)
+
+
+def test_a_failure_counts_worst_on_pixels_too_and_the_published_mean_stands_beside(line: Any, noun: Any) -> None:
+    mask = np.zeros((4, 8), bool)
+    mask[:, :2] = True
+    lines = [line(f"{clip}#0", [noun("o0", 0, 0)]) for clip in "ab"]
+    lines[0]["nouns"][0]["detail"] = {
+        "token_maps": encode_maps(np.array([lines[0]["nouns"][0]["map"]])),
+        "masks": {"0": encode_mask(mask)},
+    }
+    lines.append({"id": "c#0", "clip": "c", "error": "decoder: truncated"})
+    unannotated = line("d#0", [noun("o0", 0, 0)])
+    unannotated["nouns"][0]["coverage"] = [None, None]
+    got = score(make_file([*lines, unannotated], ["a#0", "b#0", "c#0", "d#0"]), Settings(resamples=20))["pixels"]
+    # a is right; b was predicted without what pixels need; c failed; d has nothing to score.
+    assert got["GamePoint@1"]["value"] == pytest.approx(1 / 3)
+    assert got["GamePoint@1"]["value_scored_only"] == 1
+    assert got["KL"]["value"] == pytest.approx((0 + 2 * 12 * np.log(10)) / 3)
 
 
 def test_means_go_over_tokens_then_frames() -> None:
