@@ -1,9 +1,10 @@
-"""Promise: `swim evaluate RUN --data D` goes on working beside its stages, and what is asked wrongly is said in one line."""
+"""Promise: `swim evaluate RUN --data D` works beside its stages, and what is asked wrongly is said in one line."""
 
 import json
 from pathlib import Path
 
 import pytest
+from evaluation_lines import write_file
 from typer.testing import CliRunner
 
 from swim.train import cli
