@@ -58,22 +58,13 @@ def test_a_run_of_a_stage_s_name_is_given_with_its_folder(asked, tmp_path):
         (("score", "{folder}/p.jsonl", "--benchmark", "mevis"), "there are: alignment-grid, videorefer-bench-d"),
         (("score", "{folder}/p.jsonl", "--judge-param", "temperature"), "not NAME=JSON"),
         (("judge-check",), "--judge-url is missing"),
-        (("judge-check", "--judge-url", "http://localhost:1/v1", "--judge-model", "m", "--judge-key-env", "NO_SUCH_KEY"),
+        (("judge-check", "--judge-url", "http://localhost:1/v1", "--judge-model", "m", "--judge-key-env", "NO_KEY"),
          "no such variable is set"),
         (("report", "{folder}"), "`swim evaluate score` writes it"),
     ],
 )  # fmt: skip
 def test_what_is_asked_wrongly_is_one_line(arguments, problem, tmp_path):
-    (tmp_path / "p.jsonl").touch()
-    header = {
-        "version": 1,
-        "name": "n",
-        "benchmark": "alignment-grid",
-        "expected": [],
-        "protocol": {},
-        "provenance": {},
-    }
-    (tmp_path / "p.meta.json").write_text(json.dumps(header))
+    write_file(tmp_path / "p.jsonl", [], [], name="n")
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text((Path(__file__).parents[2] / "recipes" / "tiny_cpu.yaml").read_text())
@@ -85,16 +76,7 @@ def test_what_is_asked_wrongly_is_one_line(arguments, problem, tmp_path):
 
 
 def test_nothing_expected_is_scored_as_nothing(tmp_path):
-    (tmp_path / "p.jsonl").touch()
-    header = {
-        "version": 1,
-        "name": "n",
-        "benchmark": "alignment-grid",
-        "expected": [],
-        "protocol": {},
-        "provenance": {},
-    }
-    (tmp_path / "p.meta.json").write_text(json.dumps(header))
+    write_file(tmp_path / "p.jsonl", [], [], name="n")
     assert invoke("score", tmp_path / "p.jsonl").exit_code == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["n"]["accuracy"]["value"] is None
