@@ -15,6 +15,7 @@ import pytest
 from evaluation_lines import make_file, write_file
 from processes import ROOT
 from stub_llm import MODEL, Answer, Stub, completion, is_ping, serve
+from typer.testing import CliRunner
 
 from swim.data_tools.llm import Client, LlmError
 from swim.evaluation.benchmarks.videorefer_d import pairs_of, score
@@ -23,6 +24,7 @@ from swim.evaluation.judge import Pair, estimate_cost, identity, judge, read_jud
 from swim.evaluation.judge_profiles import AXES, Profile, find_profile, parse_official, parse_robust
 from swim.evaluation.predictions import PredictionsError
 from swim.evaluation.scores import Settings
+from swim.train.cli import app
 
 NAMES = list(AXES.values())
 PAIRS = [Pair("run", f"{clip}#0", f"A cup, {clip}.", "A brown cup.") for clip in "abcd"]
@@ -393,8 +395,8 @@ def test_a_judge_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
         assert judged.read_bytes().count(b"\n") < 5
         with judged.open("ab") as file:
             file.write(b'{"id": "cut off')
-        again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
-        assert again.returncode == 0, again.stderr
+        again = CliRunner().invoke(app, command[3:])
+        assert again.exit_code == 0, again.stderr
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["run"]["coverage"]["scored"] == 5
     assert results["run"]["average"]["value"] == pytest.approx(3.5)

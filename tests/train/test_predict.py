@@ -2,10 +2,8 @@
 for in the words that were asked for."""
 
 import json
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -13,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from processes import ROOT, environment
 from tiny import make_data, requests, tiny_config
 
 from swim.data_tools.convert import convert
@@ -127,23 +124,17 @@ def test_a_killed_prediction_goes_on(run_folder, tmp_path):
     # A real process, killed as soon as some lines are there; the next one adds the others and no line twice.
     many = make_data(tmp_path / "many", clips=16, seed=11)
     out = tmp_path / "p.jsonl"
-    command = [sys.executable, "-m", "swim.train.cli", "evaluate", "predict", str(run_folder)]
-    command += ["--data", str(many.folder), "--out", str(out), "--max-new-tokens", "2"]
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    given = {"options": QUICK, "out": out}
+    process = multiprocessing.get_context("fork").Process(target=predict, args=(run_folder, many.folder), kwargs=given)
+    process.start()
     deadline = time.monotonic() + 120
     while not (out.exists() and out.read_bytes().count(b"\n") >= 3):
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     first = out.read_bytes()
     kept = set(read_lines(out).by_id)
     ids = {entry.id for entry in read_header(out).expected}
