@@ -172,7 +172,7 @@ def print_results(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     from swim.evaluation.registry import find_benchmark
-    from swim.evaluation.stages import arms_of, table
+    from swim.evaluation.stages import arms_of, table, title
 
     rows = table(results, find_benchmark(results["protocol"]["id"]).headline)
     shown = Table(*rows[0])
@@ -182,7 +182,7 @@ def print_results(results: dict[str, Any]) -> None:
         if all(figure in results[arm] for arm in arms_of(results)):
             shown.add_row(figure, *(f"{results[arm][figure]:.0f}" for arm in arms_of(results)))
     console = Console(width=110)
-    console.print(f"{results['protocol']['id']}, version {results['protocol']['version']}", highlight=False)
+    console.print(title(results), markup=False, highlight=False)
     console.print(shown)
     for arm in arms_of(results):
         coverage = results[arm]["coverage"]

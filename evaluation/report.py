@@ -146,7 +146,13 @@ def write_report(
 
 
 def write_benchmark_report(
-    out: Path, *, results: Mapping[str, Any], scores: Path, headline: Sequence[str], num_examples: int = 24
+    out: Path,
+    *,
+    title: str,
+    results: Mapping[str, Any],
+    scores: Path,
+    headline: Sequence[str],
+    num_examples: int = 24,
 ) -> None:
     """Write the page of a benchmark without maps from its results.json and scores.jsonl."""
     arms = [name for name, part in results.items() if isinstance(part, dict) and "coverage" in part]
@@ -154,7 +160,7 @@ def write_benchmark_report(
         environment()
         .get_template("benchmark.html.jinja")
         .render(
-            title=results["protocol"]["id"],
+            title=title,
             results=results,
             arms=arms,
             headline=headline,

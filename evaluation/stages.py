@@ -66,6 +66,7 @@ def score_files(
         protocol={
             **found.protocol,
             "predictions": {file.header.name: dict(file.header.protocol) for file in files},
+            **_judge_of(arms),
             "systems": {file.header.name: file.header.provenance.get("system") for file in files},
         },
         provenance={
@@ -77,6 +78,26 @@ def score_files(
     )
     (out / "summary.md").write_text(summary(results, found, [f.header.name for f in files]), encoding="utf-8")
     return results
+
+
+def _judge_of(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Who judged, as a part of the protocol; PredictionsError if it is not the same for all arms."""
+    parts = ("profile", "version", "model", "prompt_sha256", "params")
+    judges = [
+        {name: arm["judge"][name] for name in parts} for arm in arms.values() if arm.get("judge", {}).get("profile")
+    ]
+    if any(judge != judges[0] for judge in judges):
+        said = ", ".join(f"{judge['model']} ({judge['profile']})" for judge in judges)
+        raise PredictionsError(f"the arms were judged by different judges, {said}: have one judge both")
+    return {"judge": judges[0]} if judges else {}
+
+
+def title(results: Mapping[str, Any]) -> str:
+    """Protocol id, version, and the judge's profile and name where there is one."""
+    protocol = results["protocol"]
+    judge = protocol.get("judge")
+    by = f", judged by {judge['model']}, {judge['profile']} version {judge['version']}" if judge else ""
+    return f"{protocol['id']}, version {protocol['version']}{by}"
 
 
 def software(packages: Sequence[str]) -> dict[str, str]:
@@ -130,8 +151,7 @@ def show(estimate: Mapping[str, Any], sign: str = "") -> str:
 
 def summary(results: Mapping[str, Any], benchmark: Benchmark, arms: Sequence[str]) -> str:
     """The results as a page of Markdown: protocol, headline, coverage, variants, failures, provenance."""
-    protocol = results["protocol"]
-    lines = [f"# {protocol['id']}, version {protocol['version']}", ""]
+    lines = [f"# {_plain(title(results))}", ""]
     lines += ["Values with 95 % intervals (bootstrap over clips). An id without a usable prediction counts worst.", ""]
     lines += _markdown(table(results, benchmark.headline))
     lines += ["", "| without failures | " + " | ".join(arms) + " |", "|" + " --- |" * (1 + len(arms))]
@@ -200,7 +220,9 @@ def report(folder: Path, data: str | Path | None = None) -> Path:
     results = json.loads(path.read_text(encoding="utf-8"))
     out, benchmark = folder / "report.html", find_benchmark(results["protocol"]["id"])
     if results["protocol"]["id"] != "alignment-grid":
-        write_benchmark_report(out, results=results, scores=folder / "scores.jsonl", headline=benchmark.headline)
+        write_benchmark_report(
+            out, title=title(results), results=results, scores=folder / "scores.jsonl", headline=benchmark.headline
+        )
         return out
     files = {}
     for arm in arms_of(results):

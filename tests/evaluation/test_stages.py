@@ -13,7 +13,7 @@ from evaluation_lines import header, write_file
 from processes import ROOT
 
 from swim.evaluation.predictions import PredictionsError, header_path, read_header, write_header
-from swim.evaluation.stages import load, score_files
+from swim.evaluation.stages import _judge_of, load, score_files
 
 GOLDEN = Path(__file__).parent / "golden"
 SCORES = json.loads((GOLDEN / "scores.json").read_text())
@@ -132,6 +132,18 @@ def test_every_result_says_what_it_is_of(scored: Path) -> None:
     broken = (scored / "broken" / "summary.md").read_text()
     assert "4 ids of broken were not scored" in broken
     assert "decoder: truncated" in broken
+
+
+def test_a_judged_result_names_its_judge_and_arms_have_the_same(scored: Path) -> None:
+    results = json.loads((scored / "bench_d" / "results.json").read_text())
+    assert results["protocol"]["judge"]["profile"] == "official-text"
+    said = "videorefer-bench-d, version 1, judged by judge-1, official-text version 1"
+    assert (scored / "bench_d" / "summary.md").read_text().startswith(f"# {said}\n")
+    assert said in (scored / "said.txt").read_text()
+    assert said in (scored / "bench_d" / "report.html").read_text()
+    arms = {name: {"judge": results["model"]["judge"] | {"model": name}} for name in ("one", "two")}
+    with pytest.raises(PredictionsError, match=r"different judges, one \(official-text\), two"):
+        _judge_of(arms)
 
 
 def test_reports_are_made_without_data_and_say_so(scored: Path) -> None:
