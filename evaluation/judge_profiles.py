@@ -1,8 +1,8 @@
 """How a judge is asked and read: profiles `robust` (our words, JSON) and `official-text` (VideoRefer-Bench-D's way).
 
-`official-text` needs the benchmark's own system prompt, which is not ours to ship: a file with the text that the GPT
-script of VideoRefer-Bench-D gives as its system message (the benchmark's folder in the repository of
-DAMO-NLP-SG/VideoRefer, now alibaba-damo-academy/PixelRefer). Its parser is described in `parse_official`.
+`official-text` needs the benchmark's own system prompt, which is not ours to ship: what VideoRefer's GPT script reads,
+videorefer/eval/videorefer_bench_d/system.txt in the repository DAMO-NLP-SG/VideoRefer, now the folder VideoRefer of
+alibaba-damo-academy/PixelRefer. Its parser is described in `parse_official`.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ An empty description, or one that says nothing about any object, gets 0 on every
 Different words for the same thing are as good as the same words. Reply with this JSON and nothing else:
 {"subject_correspondence": 0, "appearance_description": 0, "temporal_description": 0, "hallucination_detection": 0}"""
 USER_TEMPLATE = "Reference description: {reference}\nDescription to grade: {answer}"
-OFFICIAL_TEMPLATE = "Correct answer: {reference}\nPredicted answer: {answer}"
+OFFICIAL_TEMPLATE = "##Correct answer: {reference}\n##Predicted answer: {answer}\n"
 TEMPLATE_MARK = "\n--- user ---\n"
 
 
@@ -101,28 +101,29 @@ def find_profile(name: str, prompt: Path | None) -> Profile:
         raise PredictionsError(f"--judge-profile {name!r} is not one of: robust, official-text")
     if prompt is None:
         raise PredictionsError(
-            "the profile official-text needs --judge-prompt FILE with the system message of VideoRefer-Bench-D's GPT "
-            "script, which is not ours to ship; docs/evaluation.md says where it is"
+            "the profile official-text needs --judge-prompt FILE, the benchmark's system.txt, which is not ours to "
+            "ship; docs/evaluation.md says where it is"
         )
     system, mark, template = prompt.read_text(encoding="utf-8").partition(TEMPLATE_MARK)
     decoding = {"temperature": 0, "max_tokens": 800}
     template = template.strip() if mark else OFFICIAL_TEMPLATE
     if not {"{reference}", "{answer}"} <= set(re.findall(r"\{\w+\}", template)):
         raise PredictionsError(f"{prompt}: the user message must hold {{reference}} and {{answer}}")
-    return Profile(name, 1, system.strip(), template, Text, decoding, parse_official, 200)
+    return Profile(name, 1, system, template, Text, decoding, parse_official, 200)
 
 
 def parse_official(text: str) -> Scores:
     """Grades as VideoRefer-Bench-D's script reads them, its failures included; {} where it drops the sample.
 
-    It takes every "number. name: number" and keeps what is named exactly like an axis. So a name in bold is another
-    name, and its axis is silently missing; a colon inside the bold hides the number; "3.5." is no number and costs the
-    whole sample; numbered phrases of an explanation are read, too. "4/5" and "4." are 4. Nothing checks the range.
+    It takes every "number. name: number" with space behind the dot and the colon, and keeps what is named exactly like
+    an axis. So a name in bold is another name, and its axis is silently missing; a colon inside the bold, or without a
+    space behind it, hides the number; "3.5." is no number and costs the whole sample; numbered phrases of an
+    explanation are read, too. "4/5" and "4." are 4. Nothing checks the range.
     """
     found = {}
-    for name, number in re.findall(r"\d+\.\s*([^:\n]+):\s*([\d.]+)", text):
+    for name, number in re.findall(r"\d+\.\s+([^\n]*?):\s+([\d.]+)", text):
         try:
-            found[name.strip()] = float(number)
+            found[name] = float(number)
         except ValueError:
             return {}
     return {axis: found[title] for axis, title in AXES.items() if title in found}

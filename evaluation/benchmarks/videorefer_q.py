@@ -26,14 +26,15 @@ PROTOCOL = {
 
 
 def parse_official(answer: str) -> str | None:
-    """The letter as the published script reads it: first "(X)", else first "X)", else the first character.
+    """The letter as VideoRefer's script reads it: first "(X)", else first "X)", else the first character but for full
+    stops, in upper case.
 
-    So "The answer is B" is "T". The script crashes on an empty answer; here it is None.
+    So "The answer is B" is "T", and a leading blank is an answer. The script crashes on an empty one; here it is None.
     """
     for pattern in (r"\(([A-Z])\)", r"([A-Z])\)"):
         if match := re.search(pattern, answer):
             return match[1]
-    return answer.strip()[:1] or None
+    return answer.replace(".", "")[:1].upper() or None
 
 
 def parse_strict(answer: str, options: Mapping[str, str]) -> str | None:

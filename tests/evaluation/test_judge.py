@@ -65,6 +65,10 @@ ROBUST = find_profile("robust", None)
         (f"1. **{NAMES[0]}**: 5\n" + "\n".join(numbered(5, 4, 3, 2).splitlines()[1:]), [None, 4, 3, 2], [5, 4, 3, 2]),
         # A numbered phrase of an explanation is read, too; it names no axis, unless it does.
         (numbered(5, 4, 3, 2) + "\nSteps: 1. cups seen: 9", [5, 4, 3, 2], [5, 4, 3, 2]),
+        (f"Note 1. the {NAMES[0]} is off.: 3.5.\n" + numbered(5, 4, 3, 2), [None] * 4, [5, 4, 3, 2]),
+        (numbered(5, 4, 3, 2, form="{n}. {name}:{value}"), [None] * 4, [5, 4, 3, 2]),
+        (numbered(5, 4, 3, 2, form="{n}. {name} : {value}"), [None] * 4, [5, 4, 3, 2]),
+        (numbered(5, 4, 3, 2, form="{n}. {name}:\n{value}"), [5, 4, 3, 2], [5, 4, 3, 2]),
         (numbered(7, 4, 3, 2), [7, 4, 3, 2], [None, 4, 3, 2]),
         (grades(5, 4, 3, 2), [None] * 4, [5, 4, 3, 2]),
         (f"Here it is:\n```json\n{grades(5, 4, 3, 2)}\n```", [None] * 4, [5, 4, 3, 2]),
@@ -222,8 +226,8 @@ def test_the_official_prompt_is_the_users(tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("Grade {it}.\n")
     profile = find_profile("official-text", tmp_path / "prompt.txt")
     assert profile.messages("{answer} in braces", "B") == [
-        {"role": "system", "content": "Grade {it}."},
-        {"role": "user", "content": "Correct answer: {answer} in braces\nPredicted answer: B"},
+        {"role": "system", "content": "Grade {it}.\n"},
+        {"role": "user", "content": "##Correct answer: {answer} in braces\n##Predicted answer: B\n"},
     ]
     assert profile.params["max_tokens"] == 800
     (tmp_path / "own.txt").write_text("Grade.\n--- user ---\nTruth={reference}; said={answer}")

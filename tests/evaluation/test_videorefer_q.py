@@ -19,7 +19,10 @@ OPTIONS = {"A": "a red cup", "B": "a blue cup", "C": "a dog", "D": "none of thes
         ("B.", "B", "B"),
         ("B) a blue cup", "B", "B"),
         ("(B) a blue cup", "B", "B"),
-        (" b", "b", None),  # the published script compares case as it is
+        ("b", "B", None),  # the published script does not look at case
+        (" B", " ", "B"),  # nor does it strip
+        (".B", "B", None),
+        ("...", None, None),
         ("A blue cup.", "A", "B"),  # the first character is an article
         ("The answer is B", "T", "B"),
         ("The answer is (C).", "C", "C"),
@@ -28,7 +31,7 @@ OPTIONS = {"A": "a red cup", "B": "a blue cup", "C": "a dog", "D": "none of thes
         ("Either (A) or (B)", "A", None),
         ("Not A) but B)", "A", None),
         ("", None, None),
-        ("   ", None, None),
+        ("   ", " ", None),
         ("(E)", "E", None),  # no such option
         ("I cannot tell", "I", None),
         ("A man holds it", "A", None),
