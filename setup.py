@@ -33,7 +33,7 @@ setup(
     package_dir=packages(),
     package_data={
         "swim.data_tools": ["*.json"],
-        "swim.evaluation": ["*.jinja", "*.js"],
+        "swim.evaluation": ["*.jinja", "*.js", "*.json"],
         "swim.evaluation.lmms_tasks": ["*.yaml"],
         **{f"swim.{name}": patterns for name, patterns in DATA.items()},
     },

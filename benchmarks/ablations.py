@@ -113,8 +113,9 @@ def look(run: Path, data: Path) -> dict[str, Any]:
 
     from swim.data_tools.shards import ShardSet
     from swim.evaluation.alignment import noun_metrics
-    from swim.evaluation.predictions import read_predictions
-    from swim.evaluation.scores import score
+    from swim.evaluation.benchmarks.alignment import score
+    from swim.evaluation.predictions import Expected, Header, read_lines
+    from swim.evaluation.scores import PredictionFile, Settings
     from swim.train.predict import load_run
     from swim.train.system import Request
     from swim.train.systems.swim.model import SwimSystem
@@ -130,10 +131,12 @@ def look(run: Path, data: Path) -> dict[str, Any]:
     words: dict[str, dict[str, list[float]]] = {}
     for kind in ("noun", "attribute"):
         of_kind = [line | {"nouns": [noun for noun in line["nouns"] if noun["kind"] == kind]} for line in lines]
+        expected = tuple(Expected(line["id"], line["clip"], line["task"], line["target"]) for line in lines)
+        file = PredictionFile(Header(run.name, "alignment-grid", expected), read_lines(of_kind))
         if kind == "noun":
-            scores = score(of_kind, expected_ids=[line["id"] for line in lines])
+            scores = score(file, Settings())
         masses, entropies = [], []
-        for line in read_predictions(of_kind).values():
+        for _, line in file.predictions():
             for noun in line.nouns:
                 found = noun_metrics(noun.map, noun.coverage)
                 masses += [] if found is None else [found["mass_px"]]

@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -57,6 +57,13 @@ class Reply(Generic[_M]):
     raw: str
 
 
+class Text(BaseModel):
+    """A reply that is taken as it comes; a subclass may name the `form` that is asked for, if the endpoint can."""
+
+    form: ClassVar[type[BaseModel] | None] = None
+    text: str
+
+
 class _Ping(BaseModel, extra="forbid"):
     ok: bool
 
@@ -71,7 +78,8 @@ class Client:
 
     `url` is the part before /chat/completions, `key` goes into the Authorization header and nowhere else, `params` are
     added to PARAMS (None removes one). A request is tried `attempts` times; what fails for good is LlmError where the
-    endpoint fails, ReplyError where it is the request.
+    endpoint fails, ReplyError where it is the request. With `exact_model` a reply that names another model is LlmError.
+    `flag` begins the names of the options in messages.
     """
 
     def __init__(
@@ -85,6 +93,8 @@ class Client:
         timeout_s: float = 60,
         attempts: int = 6,
         backoff_s: float = 1,
+        exact_model: bool = False,
+        flag: str = "--llm",
     ) -> None:
         if not re.match(r"https?://[^/@\s]+(/[^\s?#]*)?$", url):
             raise LlmError(f"URL {url!r} is not http(s)://HOST[:PORT]/PATH, e.g. http://localhost:8000/v1")
@@ -96,9 +106,9 @@ class Client:
         self.params = {name: value for name, value in {**PARAMS, **(params or {})}.items() if value is not None}
         self.timeout_s, self.attempts, self.backoff_s = timeout_s, attempts, backoff_s
         self.num_calls, self.structured = 0, True
-        self._key = key
+        self._key, self._exact_model, self._flag = key, exact_model, flag
         self._opener = urllib.request.build_opener(_NoRedirect)
-        self._ready, self._stopped = False, threading.Event()
+        self._ready, self._strict, self._stopped = False, True, threading.Event()
         self._lock, self._first = threading.Lock(), threading.Lock()
         Path(cache).parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -110,7 +120,7 @@ class Client:
 
     def cached(self, messages: Messages, schema: type[_M], *, version: str) -> Reply[_M] | None:
         """The kept reply to a request, None if it was not asked yet."""
-        return self._kept(self._hash(messages, schema, version), schema)
+        return self._kept(self.request_hash(messages, schema, version=version), schema)
 
     def complete(self, messages: Messages, schema: type[_M], *, version: str) -> Reply[_M]:
         """The reply to messages of {role, content}, asked for once more with the reason if `schema` refuses it.
@@ -118,12 +128,13 @@ class Client:
         `version` names the prompt. Before the first request of all, a small one finds out whether the endpoint is
         there, takes the key, knows the model and keeps to a schema. LlmError, ReplyError.
         """
-        digest = self._hash(messages, schema, version)
+        digest = self.request_hash(messages, schema, version=version)
         kept = self._kept(digest, schema)
         if kept is not None:
             return kept
         with self._first:
             if not self._ready:
+                self._strict = not issubclass(schema, Text)
                 self._preflight()
         body = self._body(messages, schema)
         for last in (False, True):
@@ -146,8 +157,10 @@ class Client:
         """Let requests that wait for their next attempt end with LlmError."""
         self._stopped.set()
 
-    def _hash(self, messages: Messages, schema: type[BaseModel], version: str) -> str:
-        asked = [self.model, version, list(messages), self.params, schema.model_json_schema()]
+    def request_hash(self, messages: Messages, schema: type[BaseModel], *, version: str) -> str:
+        """What a reply is kept by."""
+        form = _form(schema)
+        asked = [self.model, version, list(messages), self.params, form and form.model_json_schema()]
         return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
     def _kept(self, digest: str, schema: type[_M]) -> Reply[_M] | None:
@@ -166,9 +179,9 @@ class Client:
 
     def _body(self, messages: Messages, schema: type[BaseModel]) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.model, "messages": list(messages), **self.params}
-        if self.structured:
-            form = {"name": schema.__name__.strip("_"), "strict": True, "schema": schema.model_json_schema()}
-            body["response_format"] = {"type": "json_schema", "json_schema": form}
+        if self.structured and (form := _form(schema)) is not None:
+            named = {"name": form.__name__.strip("_"), "strict": True, "schema": form.model_json_schema()}
+            body["response_format"] = {"type": "json_schema", "json_schema": named}
         return body
 
     def _preflight(self) -> None:
@@ -186,10 +199,10 @@ class Client:
                     raise refused from None
                 problem = f"{self.url} refuses structured output ({refused})"
                 print(f"warning: {problem}; replies are asked for in the prompt alone, and checked", file=sys.stderr)
-            self._parse(raw, _Ping)
+            self._parse(raw, _Ping if self._strict else Text)
         except (_Failed, ReplyError) as error:
             status = error.status if isinstance(error, _Failed) else 200
-            raise LlmError(f"{self.url}, model {self.model!r}: {error}; {_remedy(status)}") from None
+            raise LlmError(f"{self.url}, model {self.model!r}: {error}; {_remedy(status, self._flag)}") from None
         self._ready = True
 
     def _ask(self, body: Mapping[str, Any]) -> str:
@@ -198,7 +211,7 @@ class Client:
         except _Failed as error:
             status, problem = error.status, str(error)
         if status in (401, 403, 404) or (status is not None and 300 <= status < 400):
-            raise LlmError(f"{self.url}, model {self.model!r}: {problem}; {_remedy(status)}")
+            raise LlmError(f"{self.url}, model {self.model!r}: {problem}; {_remedy(status, self._flag)}")
         if status is None or status in _AGAIN or status >= 500:
             self._preflight()  # is it the endpoint that fails, or this request?
         raise ReplyError(f"the endpoint answers others, but not this request: {problem}")
@@ -246,13 +259,16 @@ class Client:
         content = _content(raw)
         reply = _reply(raw)
         named = reply.get("model")
-        # A name may stand for its dated snapshot.
-        if isinstance(named, str) and not named.lower().startswith(self.model.lower()):
+        # A name may stand for its dated snapshot, but who counts on the very model wants to be told.
+        wrong = isinstance(named, str) and not named.lower().startswith(self.model.lower())
+        if wrong or (self._exact_model and content and named != self.model):
             raise LlmError(f"{self.url} was asked for model {self.model!r} and answered as {named!r}; ask by that name")
         if not content:
             raise ReplyError(f"no text in the reply {raw[:200]!r}")
         if reply["choices"][0].get("finish_reason") == "length":
             raise ReplyError(f"cut off at {len(content)} characters; raise max_tokens")
+        if issubclass(schema, Text):
+            return schema(text=content)
         fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", content, re.DOTALL)
         try:
             return schema.model_validate_json(fenced[1] if fenced else content)
@@ -262,6 +278,10 @@ class Client:
             raise ReplyError(f"{where + ': ' if where else ''}{first['msg']}, got {content[:200]!r}") from None
         except ValueError:
             raise ReplyError(f"no valid Unicode, got {content[:200]!r}") from None
+
+
+def _form(schema: type[BaseModel]) -> type[BaseModel] | None:
+    return schema.form if issubclass(schema, Text) else schema
 
 
 def _reply(raw: str) -> dict[str, Any]:
@@ -295,15 +315,15 @@ def _seconds(retry_after: str | None) -> float | None:
         return None
 
 
-def _remedy(status: int | None) -> str:
+def _remedy(status: int | None, flag: str) -> str:
     if status is None:
-        return "start the server, or correct --llm-url"
+        return f"start the server, or correct {flag}-url"
     if status in (401, 403):
-        return "name the variable that holds the key with --llm-key-env"
+        return f"name the variable that holds the key with {flag}-key-env"
     if 300 <= status < 400:
-        return "redirects are not followed: give the final --llm-url"
+        return f"redirects are not followed: give the final {flag}-url"
     if status == 404:
-        return "correct --llm-url (the part before /chat/completions) or --llm-model"
+        return f"correct {flag}-url (the part before /chat/completions) or {flag}-model"
     if status == 429 or status >= 500:
         return "run again later; what was answered is kept"
-    return "correct --llm-model or --llm-param"
+    return f"correct {flag}-model or {flag}-param"

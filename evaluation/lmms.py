@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from swim.evaluation.predictions import Expected, Header, write_header
+
 TASKS = Path(__file__).resolve().parent / "lmms_tasks"
 
 
@@ -23,10 +25,15 @@ def lmms_predictions(
     samples: Annotated[Path, typer.Argument(help="..._samples_videorefer_bench_*.jsonl, from --log_samples.")],
     out: Annotated[Path, typer.Option(help="predictions.jsonl to write.")],
 ) -> None:
-    """Write what lmms-eval logged about our tasks as predictions, a line per sample."""
-    lines = [json.dumps(line) for line in predictions_of(samples)]
-    out.write_text("".join(line + "\n" for line in lines))
-    print(f"{len(lines)} predictions: {out}")
+    """Write what lmms-eval logged about our tasks as predictions, a line per sample, and their header."""
+    lines = list(predictions_of(samples))
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    # lmms-eval logs every sample, so these ids are all that were asked.
+    benchmark = "videorefer-bench-q" if "_bench_q" in samples.name else "videorefer-bench-d"
+    expected = tuple(Expected(line["id"], line["clip"], line["task"], line["target"]) for line in lines)
+    provenance = {"lmms_eval": samples.name, "model": {"path": "see lmms-eval's own results file"}}
+    write_header(out, Header(out.stem, benchmark, expected, {}, provenance))
+    print(f"{len(lines)} predictions for {benchmark}: {out}")
 
 
 def predictions_of(samples: Path) -> Iterator[dict[str, Any]]:
@@ -39,7 +46,7 @@ def predictions_of(samples: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{samples}:{number}: no id and video in it; give the samples of a videorefer_bench task")
         answers = sample["filtered_resps"]
         yield {
-            "id": unit["id"],
+            "id": f"{unit['video']}#{unit['id']}",
             "clip": unit["video"],
             "task": unit.get("type", "description"),
             "prompt": sample["input"],

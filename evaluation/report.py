@@ -40,7 +40,9 @@ DEFINITIONS: dict[str, tuple[str, str]] = {
         "AP",
         "average precision; a cell counts as c positive and 1 − c negative. A constant map gets the mean of c",
     ),
+    "ap_lift": ("AP lift", "AP over the mean of c; 1 for a constant map"),
     "auc": ("ROC-AUC", "area under the ROC curve, same weights; 0.5 for a constant map. This is not AUC-Judd"),
+    "auc_judd": ("AUC-Judd", "area under the ROC curve drawn through the values under the mask alone"),
     "nss": ("NSS", "mean of the standardised map, weighted by c; 0 for a constant map"),
     "precision": ("precision at 0.75", "share of mask among cells with min-max scaled attention of at least 0.75"),
     "gamepoint_1": (
@@ -49,6 +51,7 @@ DEFINITIONS: dict[str, tuple[str, str]] = {
     ),
     "gamepoint_5": ("GamePoint@5\N{NO-BREAK SPACE}%", "the same for 5 % of the cells"),
     "gamepoint_10": ("GamePoint@10\N{NO-BREAK SPACE}%", "the same for 10 % of the cells"),
+    "kl": ("KL, lower is better", "of the normalised mask from the normalised map, in nats"),
 }
 
 
@@ -139,6 +142,31 @@ def write_report(
     )  # fmt: skip
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+
+
+def write_benchmark_report(
+    out: Path,
+    *,
+    title: str,
+    results: Mapping[str, Any],
+    scores: Path,
+    headline: Sequence[str],
+    num_examples: int = 24,
+) -> None:
+    """Write the page of a benchmark without maps from its results.json and scores.jsonl."""
+    arms = [name for name, part in results.items() if isinstance(part, dict) and "coverage" in part]
+    page = (
+        environment()
+        .get_template("benchmark.html.jinja")
+        .render(
+            title=title,
+            results=results,
+            arms=arms,
+            headline=headline,
+            examples=read_jsonl(scores)[:num_examples],
+        )
+    )
     out.write_text(page, encoding="utf-8")
 
 

@@ -57,6 +57,30 @@ def paired_difference(
     }
 
 
+def interval_of_macro(
+    rows_by_group: Mapping[str, Sequence[tuple[str, float]]], *, seed: int, resamples: int = 2000
+) -> Estimate:
+    """Mean over groups of the mean over their (cluster, value) rows, with the 95 % interval from drawing clusters.
+
+    A group that a draw does not meet is left out of that draw's mean.
+    """
+    groups = [rows for rows in rows_by_group.values() if rows]
+    clusters = sorted({cluster for rows in groups for cluster, _ in rows})
+    if not clusters:
+        return {"value": None, "interval": None}
+    place = {cluster: i for i, cluster in enumerate(clusters)}
+    sums, counts = np.zeros((len(groups), len(clusters))), np.zeros((len(groups), len(clusters)))
+    for number, rows in enumerate(groups):
+        for cluster, value in rows:
+            sums[number, place[cluster]] += value
+            counts[number, place[cluster]] += 1
+    drawn = np.stack([np.bincount(draw, minlength=len(clusters)) for draw in _draws(len(clusters), seed, resamples)])
+    totals, num = drawn @ sums.T, drawn @ counts.T
+    means = np.divide(totals, num, out=np.full(totals.shape, np.nan), where=num > 0)
+    value = float(np.mean(sums.sum(1) / counts.sum(1)))
+    return {"value": value, "interval": _interval(np.nanmean(means, axis=1), len(clusters))}
+
+
 def _sums(values_by_cluster: Mapping[str, Sequence[float]], clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     values = [values_by_cluster[cluster] for cluster in clusters]
     return np.array([sum(v) for v in values], dtype=np.float64), np.array([len(v) for v in values], dtype=np.float64)

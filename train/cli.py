@@ -6,12 +6,15 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from swim.data_tools.cli import Folder, Layers, check_key, one_message, progress
 from swim.data_tools.cli import app as data_app
+from swim.evaluation.cli import judge_check, print_results, report, score
+from swim.evaluation.lmms import lmms_path, lmms_predictions
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, help="Fine-grained video understanding by attention supervision."
@@ -83,8 +86,30 @@ def plan(
         raise typer.Exit(2) from None
 
 
-@app.command()
-def evaluate(
+class _RunsByDefault(TyperGroup):
+    """A group whose first word, where it is no command, is the first argument of `run`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+evaluation = typer.Typer(
+    cls=_RunsByDefault,
+    no_args_is_help=True,
+    help="Predict, score and report. `swim evaluate RUN [RUN2] --data D` does all three.",
+)
+app.add_typer(evaluation, name="evaluate")
+evaluation.command()(score)
+evaluation.command()(report)
+evaluation.command()(judge_check)
+evaluation.command()(lmms_path)
+evaluation.command()(lmms_predictions)
+
+
+@evaluation.command()
+def run(
     runs: Annotated[list[Path], typer.Argument(help="Folders of one or two finished runs; the first is the baseline.")],
     data: Annotated[str, typer.Option(help="Held-out folder of shards or JSONL files, a JSONL file, or a URL.")],
     out: Annotated[
@@ -93,12 +118,49 @@ def evaluate(
 ) -> None:
     """Predict, score and report: answers, alignment of noun attention with masks, and a page to look at."""
     from swim.train.config import ConfigError
-    from swim.train.demo import evaluate_runs, print_results
+    from swim.train.demo import evaluate_runs
 
     names = [run.resolve().name for run in runs]
     if len(runs) > 2 or len(set(names)) < len(names):
         raise ConfigError(f"runs are {', '.join(map(str, runs))}; give one, or two whose folders have different names")
     print_results(evaluate_runs(dict(zip(names, runs)), data, out or runs[-1]))
+
+
+@evaluation.command()
+@one_message
+def predict(
+    model: Annotated[Path, typer.Argument(help="Folder of a finished run, or of a model in stock form.")],
+    data: Annotated[str, typer.Option(help="Held-out folder of shards or JSONL files, a JSONL file, or a URL.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Of the recipe: section.key=value ...")] = None,
+    recipe: Annotated[str | None, typer.Option(help="How to ask a model folder; a run brings its own.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; default: in the run's folder.")] = None,
+    name: Annotated[str | None, typer.Option(help="What the results call it; default: the folder's name.")] = None,
+    benchmark: Annotated[str, typer.Option(help="Protocol id that it will be scored by.")] = "alignment-grid",
+    keep: Annotated[list[str] | None, typer.Option(help="Also keep maps: layers, heads, pixels.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to keep: all, even:N, last:N; default: the run's.")] = None,
+    generated: Annotated[bool, typer.Option("--generated", help="Maps over the model's own answer.")] = False,
+    synonyms: Annotated[Path | None, typer.Option(help="JSON {noun: synonym} for the prompts' nouns.")] = None,
+    shuffle_options: Annotated[int | None, typer.Option(help="Seed of another order of the options.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+) -> None:
+    """Write predictions, a line per id; run it again after a stop, it goes on."""
+    from dataclasses import replace
+
+    from swim.train.predict import Options, check_keep, find_model
+    from swim.train.predict import predict as predict_ids
+
+    found = find_model(model, recipe, overrides or ())
+    options = Options(
+        benchmark=benchmark,
+        keep=check_keep(keep or ()),
+        layers=layers,
+        maps="generated" if generated else "teacher",
+        synonyms=synonyms,
+        shuffle_options=shuffle_options,
+        max_new_tokens=max_new_tokens,
+    )
+    path, ids = predict_ids(replace(found, name=name or found.name), data, options=options, out=out)
+    print(f"{len(ids)} ids: {path}")
 
 
 # A data command, but made of training code, which data_tools does not import.

@@ -8,24 +8,20 @@ wrote.
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from swim import __version__
-from swim.data_tools.rle import decode_mask
-from swim.data_tools.shards import Sample, ShardSet
 from swim.data_tools.synth import synthesise
-from swim.data_tools.video import decode_frames
+from swim.evaluation.cli import print_results
+from swim.evaluation.stages import show
 
 LAUNCHER = Path(__file__).resolve().parent.parent / "launch" / "train.sh"
 ARMS: dict[str, list[str]] = {"sft": ["system.mask_weight=0"], "supervised": []}
@@ -88,68 +84,18 @@ def _clear(out: Path) -> None:
 
 
 def evaluate_runs(runs: Mapping[str, Path], data: str | Path, out: Path) -> dict[str, Any]:
-    """Predict and score every run over the shards in `data`; writes results.json, scores.jsonl and report.html into
-    `out`."""
-    from swim.evaluation.report import ArmFiles, write_report
-    from swim.evaluation.scores import score, write_results
-    from swim.train.predict import load_run, predict
+    """Predict and score every run over the shards in `data`; writes results.json, scores.jsonl, summary.md and
+    report.html into `out`."""
+    from swim.evaluation.stages import load, report, score_files
+    from swim.train.predict import predict
 
-    scored, files = {}, {}
+    files = []
     for arm, run in runs.items():
-        predictions, ids = predict(run, data)
-        scored[arm] = {**score(predictions, expected_ids=ids), **json.loads((run / "done.json").read_text())}
-        files[arm] = ArmFiles(
-            predictions=predictions, metrics=run / "metrics.jsonl", quarantine=run / "quarantine.jsonl"
-        )
-    systems = {arm: load_run(run).system for arm, run in runs.items()}
-    protocol = {"systems": systems, "answers": "greedy, normalised exact match", "maps": "teacher-forced"}
-    results = write_results(out / "results.json", scored, provenance=provenance(runs, data), protocol=protocol)
-    frames_for, mask_for = _readers(data)
-    write_report(
-        out / "report.html",
-        title="Noun-attention supervision",
-        results=results,
-        arms=files,
-        frames_for=frames_for,
-        mask_for=mask_for,
-    )
+        file = load(predict(run, data)[0])
+        files.append(replace(file, header=replace(file.header, name=arm)))
+    results = score_files(files, out)
+    report(out, data)
     return results
-
-
-def provenance(runs: Mapping[str, Path], data: str | Path) -> dict[str, Any]:
-    """What a reader needs to repeat the figures: versions, code, data digest, weights' hashes, machine."""
-    from swim.train.predict import weights_digest
-
-    root = LAUNCHER.parent.parent
-    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {
-        "swim": __version__,
-        "commit": git.stdout.strip() or "not a git checkout",
-        **{name: version(name) for name in ("torch", "transformers", "deepspeed", "numpy")},
-        "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "held_out": ShardSet(data).digest[:16],
-        "weights": {arm: weights_digest(run)[:16] for arm, run in runs.items()},
-    }
-
-
-def print_results(results: Mapping[str, Any]) -> None:
-    """The headline metrics of every arm with 95 % intervals, and their difference, as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    arms = [
-        name for name, part in results.items() if isinstance(part, dict) and "accuracy" in part and name != "difference"
-    ]
-    table = Table("metric", *arms, *(["difference"] if "difference" in results else []))
-    for metric in HEADLINE:
-        cells = [_estimate(results[arm][metric]) for arm in arms]
-        if "difference" in results:
-            cells.append(_estimate(results["difference"][metric], sign="+"))
-        table.add_row(metric, *cells)
-    for figure in ("seconds", "peak_memory_mib"):
-        table.add_row(figure, *(f"{results[arm][figure]:.0f}" for arm in arms))
-    Console(width=110).print(table)
 
 
 def write_table(path: Path, folders: Mapping[int, Path]) -> None:
@@ -168,9 +114,9 @@ def write_table(path: Path, folders: Mapping[int, Path]) -> None:
     ]
     for seed, result in results.items():
         for metric in HEADLINE:
-            cells = [_estimate(result[arm][metric]) for arm in ARMS]
+            cells = [show(result[arm][metric]) for arm in ARMS]
             lines.append(
-                f"| {seed} | {metric} | {' | '.join(cells)} | {_estimate(result['difference'][metric], sign='+')} |"
+                f"| {seed} | {metric} | {' | '.join(cells)} | {show(result['difference'][metric], sign='+')} |"
             )
     lines += ["", "| metric over seeds | sft: min, mean, max | supervised: min, mean, max |", "| --- | --- | --- |"]
     for metric in (*HEADLINE, "seconds", "peak_memory_mib"):
@@ -182,32 +128,3 @@ def write_table(path: Path, folders: Mapping[int, Path]) -> None:
             cells.append(", ".join(f"{x:.{digits}f}" for x in (min(values), float(np.mean(values)), max(values))))
         lines.append(f"| {metric} | {' | '.join(cells)} |")
     path.write_text("\n".join(lines) + "\n")
-
-
-def _estimate(estimate: Mapping[str, Any], sign: str = "") -> str:
-    if estimate["value"] is None:
-        return "-"  # nothing to score, such as a data set without masks
-    value = f"{estimate['value']:{sign}.3f}"
-    if estimate["interval"] is None:
-        return value  # one clip has no spread
-    low, high = estimate["interval"]
-    return f"{value} [{low:{sign}.3f}, {high:{sign}.3f}]"
-
-
-def _readers(
-    data: str | Path,
-) -> tuple[Callable[[str, list[int]], np.ndarray], Callable[[str, str, int], np.ndarray | None]]:
-    shards = ShardSet(data)
-
-    @cache
-    def sample(clip: str) -> Sample:
-        return shards.read(clip)
-
-    def frames_for(clip: str, frames: list[int]) -> np.ndarray:
-        return decode_frames(sample(clip).media(), frames)
-
-    def mask_for(clip: str, object_id: str, frame: int) -> np.ndarray | None:
-        rle = sample(clip).masks.get(object_id, {}).get(frame)
-        return decode_mask(rle) if rle is not None else None
-
-    return frames_for, mask_for

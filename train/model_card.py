@@ -66,16 +66,21 @@ def _scores(path: Path, run: Path) -> dict[str, Any]:
     arm = run.resolve().name
     if not isinstance(results.get(arm), dict):
         raise ConfigError(f"{path}: no scores of {arm!r} in it; score this run, or leave --results out")
-    stated, own = results.get("provenance", {}).get("weights", {}).get(arm), weights_digest(run)
-    if stated is None or not own.startswith(stated):
-        raise ConfigError(f"{path}: scores of weights {stated}, the run's are {own[:16]}; evaluate the run again")
+    origin = results.get("provenance", {}).get("arms", {}).get(arm, {})
+    stated, own = str(origin.get("model", {}).get("weights_sha256")), weights_digest(run)
+    if stated != own:
+        raise ConfigError(f"{path}: scores of weights {stated[:16]}, the run's are {own[:16]}; evaluate the run again")
     metrics = {name: value for name, value in results[arm].items() if isinstance(value, dict) and "value" in value}
-    other = {name: results.get(name, {}) for name in ("protocol", "provenance")}
-    return {"metrics": metrics, "coverage": results[arm].get("coverage", {}), **other}
+    return {
+        "metrics": metrics,
+        "coverage": results[arm].get("coverage", {}),
+        "protocol": results.get("protocol", {}),
+        "held_out": str(origin.get("data", {}).get("sha256", "unknown"))[:16],
+    }
 
 
 def _index(title: str, scored: Mapping[str, Any]) -> dict[str, Any]:
-    held_out = str(scored["provenance"].get("held_out", "unknown"))
+    held_out = scored["held_out"]
     values = [
         {"type": name, "name": f"{name} ({_protocol(scored)})", "value": estimate["value"]}
         for name, estimate in scored["metrics"].items()
@@ -87,7 +92,7 @@ def _index(title: str, scored: Mapping[str, Any]) -> dict[str, Any]:
 
 def _score_table(scored: Mapping[str, Any]) -> str:
     lines = [
-        f"Protocol `{_protocol(scored)}`, held-out data {scored['provenance'].get('held_out', 'unknown')}, coverage "
+        f"Protocol `{_protocol(scored)}`, held-out data {scored['held_out']}, coverage "
         + ", ".join(f"{k} {v}" for k, v in scored["coverage"].items() if isinstance(v, int))
         + "; 95 % intervals by bootstrap over clips.",
         "",

@@ -4,7 +4,7 @@ them."""
 import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -14,6 +14,9 @@ from swim.train.batch import Batch
 from swim.train.config import Config
 from swim.train.encode import ConversationEncoder, Encoded
 from swim.train.families import Clip
+
+Detail = Literal["layers", "heads", "pixels"]
+MAX_ANSWER_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,20 @@ class Request:
 
     sample: Sample
     conversations: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """What predictions hold beside answers and a map per noun.
+
+    `keep` adds maps of layers and heads (of the layers that the rule `layers` names, else the supervised ones) or what
+    pixel metrics need; `generated` takes maps over the model's own answer in place of the target.
+    """
+
+    keep: frozenset[Detail] = frozenset()
+    layers: str | None = None
+    generated: bool = False
+    max_new_tokens: int = MAX_ANSWER_TOKENS
 
 
 class Collator(Protocol):
@@ -98,7 +115,7 @@ class System(Protocol):
         forward pass without gradient."""
         ...
 
-    def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:
+    def predict(self, model: nn.Module, request: Request, view: View = View()) -> list[dict[str, Any]]:
         """One prediction per conversation, in the form `swim.evaluation` reads."""
         ...
 

@@ -2,12 +2,13 @@
 
 Input: JSON arrays, the videos apart. Training rows and Bench-D rows: `video`, `conversations` of {from: human | gpt,
 value} with `<ins>noun</ins>` tags, `annotation` as a list over objects of {frame: {segmentation: COCO RLE or null}},
-and an `index` that names the task. Bench-Q rows: `Question` with tags, `options`, `Answer`, `annotation`. Known from
-the published loaders; no published file has been seen, only one of this form that was made about real footage.
+and an `index` that names the task. Bench-Q rows: `Question` with tags, `options`, `Answer`, `annotation`, `type`. Known
+from the published loaders; no published file has been seen, only one of this form that was made about real footage.
 
 Decided here: the k-th tag, over all turns in order, names the k-th object. `segmentation: null` says that the object
 was looked for and is not in that frame; a frame without `segmentation` is not annotated. A row with tags but an empty
-`annotation` keeps its text and gets no mentions. Options follow the question, one a line.
+`annotation` keeps its text and gets no mentions. Options follow the question, one a line; the task of such a row is
+`multiple_choice: TYPE`, without a type `multiple_choice`.
 
 Licence: CC BY-NC 4.0 for the texts; the masks come from VideoRefer-700K (Apache-2.0); videos have their own.
 """
@@ -74,11 +75,11 @@ def _turns(row: Row) -> tuple[list[dict[str, Any]], str]:
         task = re.search("detailed_caption|short_caption|qa", row.name)
         return dialogue(row), task.group() if task else "other"
     question = "\n".join([row.get("Question", str), *map(str, row.get("options", list, []))])
-    answer = row.get("Answer", str)
+    answer, kind = row.get("Answer", str), row.value.get("type")
     return [
         {"role": "user", "text": MEDIA_TAG.sub("", question)},
         {"role": "assistant", "text": answer},
-    ], "multiple_choice"
+    ], f"multiple_choice: {kind}" if isinstance(kind, str) and kind else "multiple_choice"
 
 
 SOURCE = Source("nl-refer", "CC-BY-NC-4.0", "*.json", video_name, _part)

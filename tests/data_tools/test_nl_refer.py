@@ -55,6 +55,16 @@ def _convert(folder: Path, *rows: dict[str, Any]) -> tuple[Summary, list[dict[st
     return summary, [json.loads(line) for line in (folder / "out" / "skipped.jsonl").read_text().splitlines()]
 
 
+def test_the_task_of_a_question_names_its_type(tmp_path: Path) -> None:
+    # What Bench-Q is averaged over.
+    row = {"video": "a.mp4", "Question": "Which <ins>cup</ins>?", "options": ["(A) red", "(B) blue"], "Answer": "(B)",
+           "annotation": [{"0": _segmentation(LEFT)}]}  # fmt: skip
+    _convert(tmp_path, row, row | {"type": "Future Predictions"})
+    shards = ShardSet(tmp_path / "out")
+    tasks = {conversation.task for key in range(len(shards)) for conversation in shards.read(key).record.conversations}
+    assert tasks == {"multiple_choice", "multiple_choice: Future Predictions"}
+
+
 def test_a_record_becomes_a_sample(tmp_path: Path) -> None:
     summary, skipped = _convert(tmp_path, _row())
     assert (summary, skipped) == (Summary(clips=1, kept=1, skipped=0), [])

@@ -57,7 +57,7 @@ def _mentions(sample: Sample) -> list[tuple[str, str, str, list[str]]]:
 def test_nl_refer_bench(folder: Path, tmp_path: Path) -> None:
     _, (sample,), _ = _convert("nl-refer", folder, tmp_path, "nl_refer_bench.json")
     question = "What is the cup doing?\n(A) standing\n(B) flying"
-    assert _said(sample) == [("multiple_choice", [question, "(A) standing"])]
+    assert _said(sample) == [("multiple_choice: Basic Questions", [question, "(A) standing"])]
     assert _mentions(sample) == [("noun", "cup", "cup", ["0"])]
     assert sample.record.license == "CC-BY-NC-4.0"
 

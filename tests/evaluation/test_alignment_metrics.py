@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
-from sklearn.metrics import average_precision_score, roc_auc_score
+from scipy.special import rel_entr
+from sklearn.metrics import auc, average_precision_score, roc_auc_score
 
-from swim.evaluation.alignment import baseline_metrics, centre_map, count_steps, noun_metrics, step_metrics
+from swim.evaluation.alignment import WORST, baseline_metrics, centre_map, count_steps, noun_metrics, step_metrics
 from swim.evaluation.predictions import Noun
 
 PIXELS = 16  # per cell
@@ -36,6 +37,15 @@ def test_coverage_weighted_metrics_equal_the_pixel_metrics(map_HW: np.ndarray, c
     got = step_metrics(map_HW, covered_HW / PIXELS)
     assert got["ap"] == pytest.approx(average_precision_score(mask, values))
     assert got["auc"] == pytest.approx(roc_auc_score(mask, values))
+    assert got["ap_lift"] == pytest.approx(got["ap"] / mask.mean())
+    if not mask.all():
+        thresholds = np.unique(values[mask])[::-1]
+        hits = [0.0, *((values[mask] >= t).mean() for t in thresholds), 1.0]
+        false_alarms = [0.0, *((values[~mask] >= t).mean() for t in thresholds), 1.0]
+        assert got["auc_judd"] == pytest.approx(auc(false_alarms, hits))
+    p = covered_HW / covered_HW.sum()
+    q = map_HW.astype(float) / map_HW.sum() if map_HW.any() else np.full(map_HW.shape, 1 / map_HW.size)
+    assert got["kl"] == pytest.approx(rel_entr(p, np.maximum(q, 1e-12)).sum())
     std = values.std()
     assert got["nss"] == pytest.approx(((values - values.mean()) / std)[mask].mean() if std > 1e-9 else 0, abs=1e-9)
     high = values >= values.min() + 0.75 * (values.max() - values.min())
@@ -76,6 +86,22 @@ def test_nss_and_gamepoint_by_hand() -> None:
     assert got["gamepoint_1"] == 1
     assert got["gamepoint_5"] == pytest.approx((1 + 4 * 3 / 7) / 5)  # four of the seven tied cells fit, three are mask
     assert got["gamepoint_10"] == pytest.approx((1 + 3 + 2 * 0) / 10)
+
+
+def test_auc_judd_is_not_the_area_under_the_whole_curve() -> None:
+    # Mask at 4 and 2, the rest at 3 and 1. Points (0, 0) (0, 1/2) (1/2, 1) (1, 1), of which the ROC also has another.
+    got = step_metrics(np.array([[4.0, 3.0, 2.0, 1.0]]), np.array([[1.0, 0.0, 1.0, 0.0]]))
+    assert got["auc_judd"] == pytest.approx(0.5 * (0.5 + 1) / 2 + 0.5)
+    assert got["auc"] == pytest.approx(0.75)
+
+
+def test_kl_by_hand() -> None:
+    uniform = step_metrics(np.ones((1, 4)), np.array([[1.0, 0, 0, 0]]))
+    assert uniform["kl"] == pytest.approx(np.log(4))
+    exact = step_metrics(np.array([[3.0, 1, 0, 0]]), np.array([[0.75, 0.25, 0, 0]]))
+    assert exact["kl"] == pytest.approx(0)
+    missed = step_metrics(np.array([[0.0, 1, 0, 0]]), np.array([[1.0, 0, 0, 0]]))
+    assert missed["kl"] == pytest.approx(WORST["kl"]) == pytest.approx(12 * np.log(10))
 
 
 def test_metrics_do_not_depend_on_the_scale_of_the_map() -> None:
@@ -122,6 +148,22 @@ def test_wrong_noun_uses_the_maps_of_other_objects_only() -> None:
     assert wrong is not None
     assert wrong["pointing"] == 0.5  # the mean over b (looks away) and d (looks at a)
     assert baseline_metrics(a, [a, again, other_frames])["wrong_noun"] is None
+
+
+def test_wrong_frame_is_the_noun_half_a_clip_before() -> None:
+    # The object moves a column a step and the map follows it: at another time it is elsewhere.
+    coverage = np.zeros((4, 1, 4))
+    coverage[range(4), 0, range(4)] = 1
+    noun = Noun("x", 0, 0, 1, ("x",), ((0,), (1,), (2,), (3,)), coverage.copy(), tuple(coverage))
+    wrong = baseline_metrics(noun, [])["wrong_frame"]
+    assert wrong is not None
+    assert (wrong["pointing"], wrong["auc"]) == (0, pytest.approx(1 / 3))
+    still = Noun("x", 0, 0, 1, ("x",), ((0,),), coverage[:1], tuple(coverage[:1]))
+    assert baseline_metrics(still, [])["wrong_frame"] is None
+    looks = Noun("x", 0, 0, 1, ("x",), noun.frames, np.roll(coverage, -2, axis=0), tuple(coverage))
+    found = baseline_metrics(looks, [])["wrong_frame"]
+    assert found is not None
+    assert found["pointing"] == 1
 
 
 def test_uniform_and_centre_baselines() -> None:

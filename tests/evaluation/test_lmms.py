@@ -14,7 +14,9 @@ from processes import ROOT
 from tiny import make_data
 from typer.testing import CliRunner
 
+from swim.evaluation.benchmarks import videorefer_q
 from swim.evaluation.lmms import TASKS, lmms_path, lmms_predictions, predictions_of
+from swim.evaluation.stages import load, score_files
 
 LMMS = Path(os.environ.get("SWIM_LMMS_ENV", ROOT / ".venv" / "lmms")) / "bin" / "python"
 OPTIONS = ["(A) a red cup", "(B) it runs.", "(C) it flies", "(D) both"]
@@ -58,11 +60,10 @@ def test_both_parsers_read_what_they_say(answer):
 
 
 def test_the_parsers_are_those_of_the_scorer():
-    ours = pytest.importorskip("swim.evaluation.benchmarks.videorefer_q", reason="the scorer of Bench-Q is not here")
     options = utils.options_of(OPTIONS)
     for answer in ANSWERS:
-        assert utils.parse_official(answer) == ours.parse_official(answer), answer
-        assert utils.parse_strict(answer, options) == ours.parse_strict(answer, options), answer
+        assert utils.parse_official(answer) == videorefer_q.parse_official(answer), answer
+        assert utils.parse_strict(answer, options) == videorefer_q.parse_strict(answer, options), answer
 
 
 def test_scores_are_micro_and_macro_and_what_names_no_option_is_wrong():
@@ -114,12 +115,17 @@ def test_the_folder_is_printed_and_samples_become_predictions(tmp_path):
     app.command()(lmms_predictions)
     assert Path(CliRunner().invoke(app, ["lmms-path"]).output.strip()) == TASKS
     unit = {"id": "q1", "video": "clip.mp4", "type": "Basic", "score": 1.0}
-    sample = {"doc_id": 0, "target": "(B)", "filtered_resps": ["B"], "input": "What?", "accuracy": unit}
-    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    said = CliRunner().invoke(app, ["lmms-predictions", str(tmp_path / "samples.jsonl"), "--out", str(tmp_path / "p")])
-    assert said.output.startswith("1 predictions")
-    line = {"id": "q1", "clip": "clip.mp4", "task": "Basic", "prompt": "What?", "target": "(B)", "answer": "B"}
-    assert json.loads((tmp_path / "p").read_text()) == line | {"nouns": []}
+    asked = "What?\n" + "\n".join(OPTIONS)
+    sample = {"doc_id": 0, "target": "(B)", "filtered_resps": ["B"], "input": asked, "accuracy": unit}
+    other = sample | {"filtered_resps": ["(A)"], "accuracy": unit | {"id": "q2"}}
+    logged, out = tmp_path / "1_samples_videorefer_bench_q.jsonl", tmp_path / "p.jsonl"
+    logged.write_text(json.dumps(sample) + "\n" + json.dumps(other) + "\n")
+    said = CliRunner().invoke(app, ["lmms-predictions", str(logged), "--out", str(out)])
+    assert said.output.startswith("2 predictions for videorefer-bench-q")
+    line = {"id": "clip.mp4#q1", "clip": "clip.mp4", "task": "Basic", "prompt": asked, "target": "(B)", "answer": "B"}
+    assert json.loads(out.read_text().splitlines()[0]) == line | {"nouns": []}
+    found = score_files([load(out)], tmp_path)["p"]
+    assert (found["accuracy"]["value"], found["accuracy_strict"]["value"]) == (0.5, 0.5), "as our own scorer has it"
     (tmp_path / "samples.jsonl").write_text(json.dumps({"filtered_resps": [], "accuracy": 1.0}) + "\n")
     with pytest.raises(ValueError, match=r"samples.jsonl:1: no id and video"):
         list(predictions_of(tmp_path / "samples.jsonl"))
@@ -182,7 +188,7 @@ def test_lmms_eval_scores_our_tasks_as_we_do(bench):
     assert {name: metrics["videorefer_bench_q"][name] for name in want} == pytest.approx(want)
     assert metrics["videorefer_bench_d"]["answered"] == 1.0
     made = list(predictions_of(samples["videorefer_bench_q"]))
-    assert [line["id"] for line in made] == ["q0", "q1", "q2", "q3"]
+    assert [line["id"].partition("#")[2] for line in made] == ["q0", "q1", "q2", "q3"]
     assert {line["answer"] for line in made} == {"A"}
     assert {line["target"] for line in predictions_of(samples["videorefer_bench_d"])} == {"A dog."}
 
@@ -215,4 +221,5 @@ def test_an_exported_model_runs_in_lmms_eval_unmodified(bench):
         folder, "videorefer_bench_q", "--model", "qwen2_5_vl", "--model_args", f"{given},{budget}"
     )
     assert 0 <= metrics["videorefer_bench_q"]["accuracy"] <= 1
-    assert [line["id"] for line in predictions_of(samples["videorefer_bench_q"])] == ["q0", "q1", "q2", "q3"]
+    made = list(predictions_of(samples["videorefer_bench_q"]))
+    assert [line["id"].partition("#")[2] for line in made] == ["q0", "q1", "q2", "q3"]

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from evaluation_lines import make_file
 from matplotlib.image import imread
 
 from swim.evaluation.alignment import METRICS
+from swim.evaluation.benchmarks.alignment import PROTOCOL, SCORED, score
 from swim.evaluation.figures import _panels, curves_png, smooth, strip_figure, strip_png
 from swim.evaluation.report import DEFINITIONS, ArmFiles, read_jsonl, write_report
-from swim.evaluation.scores import score, write_results
+from swim.evaluation.scores import Settings, write_results
+from swim.evaluation.stages import report, score_files
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.test/a.png>\"' $\\frac {{ 7 * 7 }}"
 Build = Callable[..., dict[str, Any]]
@@ -58,8 +61,10 @@ def _write(folder: Path, arms: dict[str, list[dict[str, Any]]], ids: list[str], 
         paths = [folder / f"{number}.{part}.jsonl" for part in ("predictions", "metrics", "quarantine")]
         paths[0].write_text("".join(json.dumps(line) + "\n" for line in lines))
         files[name] = ArmFiles(*paths)
-        scores[name] = score(paths[0], expected_ids=ids, resamples=100) | {"seconds": 10.0 + number}
-    results = write_results(folder / "results.json", scores, provenance={HOSTILE: {"a": [1, HOSTILE]}})
+        scores[name] = score(make_file(paths[0], ids), Settings(resamples=100)) | {"seconds": 10.0 + number}
+    results = write_results(
+        folder / "results.json", scores, SCORED, protocol=PROTOCOL, provenance={HOSTILE: {"a": [1, HOSTILE]}}
+    )
     options = {"title": "Demo", "frames_for": _frames_for, "mask_for": _mask_for, "results": results} | options
     write_report(folder / "report.html", arms=files, **options)
     return (folder / "report.html").read_text(encoding="utf-8")
@@ -86,6 +91,25 @@ def test_data_cannot_inject_markup_or_requests(tmp_path: Path, line: Build, noun
     # Escaped, not dropped: title, answer, target, failure, quarantine and provenance can all be read.
     assert page.text.count(HOSTILE) >= 10
     assert hostile_key in page.text
+
+
+def test_the_page_of_a_benchmark_escapes_its_data(tmp_path: Path) -> None:
+    ids = ["a#0", "b#0"]
+    question = {
+        "id": "a#0",
+        "clip": "a",
+        "task": HOSTILE,
+        "prompt": HOSTILE,
+        "target": "(A)",
+        "answer": HOSTILE,
+        "nouns": [],
+    }
+    lines = [question, {"id": "b#0", "clip": "b", "error": HOSTILE}]
+    score_files([make_file(lines, ids, benchmark="videorefer-bench-q", name=HOSTILE)], tmp_path)
+    page = _Page(report(tmp_path).read_text(encoding="utf-8"))
+    assert not {"script", "link", "iframe", "object", "base", "img"} & set(page.tags)
+    assert not any(name.startswith("on") or name in ("src", "href") for name, _ in page.attributes)
+    assert page.text.count(HOSTILE) >= 4
 
 
 def test_page_states_the_numbers_the_failures_and_the_examples(tmp_path: Path, line: Build, noun: Build) -> None:

@@ -11,6 +11,7 @@ import yaml
 from processes import environment, finish, start
 from tiny import make_data
 
+from swim.evaluation.stages import show
 from swim.train import demo
 from swim.train.predict import predict
 
@@ -81,10 +82,11 @@ def test_predictions_are_kept_and_belong_to_data_and_weights(short, tmp_path):
 
 
 def test_an_unfinished_run_and_missing_figures_are_said(tmp_path):
+    (tmp_path / "config.yaml").touch()
     with pytest.raises(FileNotFoundError, match="not finished"):
         predict(tmp_path, tmp_path)
-    assert demo._estimate({"value": None, "interval": None}) == "-"
-    assert demo._estimate({"value": 0.5, "interval": None}) == "0.500"
+    assert show({"value": None, "interval": None}) == "-"
+    assert show({"value": 0.5, "interval": None}) == "0.500"
 
 
 def test_a_folder_of_somebody_else_is_not_removed(tmp_path):

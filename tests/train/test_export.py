@@ -432,7 +432,11 @@ def test_every_number_of_the_card_is_the_files(full, tmp_path):
     results = {
         "run": {"accuracy": estimate, "nss": {"value": None, "interval": None}, "coverage": {"expected": 192}},
         "protocol": {"id": "alignment-grid", "version": 1},
-        "provenance": {"weights": {"run": weights_digest(trained)[:16]}, "held_out": "a19e761bafc2c0a5"},
+        "provenance": {
+            "arms": {
+                "run": {"model": {"weights_sha256": weights_digest(trained)}, "data": {"sha256": "a19e761bafc2c0a5"}}
+            }
+        },
     }
     (tmp_path / "results.json").write_text(json.dumps(results))
     export(trained, tmp_path / "out", verify=False, results=tmp_path / "results.json")
@@ -459,7 +463,7 @@ def test_every_number_of_the_card_is_the_files(full, tmp_path):
     assert "look up its licences before you publish" in bare
     assert "None were given to the export." in bare
     assert "datasets" not in yaml.safe_load(bare.split("---\n")[1])
-    results["provenance"]["weights"]["run"] = "0" * 16
+    results["provenance"]["arms"]["run"]["model"]["weights_sha256"] = "0" * 64
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(ConfigError, match=r"scores of weights 0000000000000000, the run's are"):
         export(trained, tmp_path / "out", verify=False, results=tmp_path / "results.json")

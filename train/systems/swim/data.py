@@ -109,7 +109,7 @@ class SwimCollator:
             clip = self.load_clip(sample)
         except (BadSample, VideoError, RecordError) as error:
             return [], [_hole(sample, f"{sample.key}#{i}", error) for i in request.conversations]
-        return self._encode(request, clip)
+        return self.encode_clip(request, clip)
 
     def measure(self, request: Request) -> Conversations:
         """What `encode` would give about an undecoded clip with one cell a step; without the conversations that become
@@ -119,11 +119,12 @@ class SwimCollator:
         except RecordError:
             return []
         if chosen is None:
-            return self._encode(request, None)[0]
+            return self.encode_clip(request, None)[0]
         steps = -(-len(chosen) // self.encoder.family.frames_per_step)
-        return self._encode(request, self._clip(request.sample, chosen, torch.empty(0), (steps, 1, 1)))[0]
+        return self.encode_clip(request, self._clip(request.sample, chosen, torch.empty(0), (steps, 1, 1)))[0]
 
-    def _encode(self, request: Request, clip: Clip | None) -> tuple[Conversations, list[Hole]]:
+    def encode_clip(self, request: Request, clip: Clip | None) -> tuple[Conversations, list[Hole]]:
+        """The same with the clip already there."""
         record = request.sample.record
         conversations: Conversations = []
         holes = []

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import GenerationConfig
 
+from swim.data_tools.records import Masks
 from swim.evaluation.alignment import mean_metrics, noun_metrics
 from swim.train.attention import MODEL_KWARG, Capture, shard_text_model
 from swim.train.batch import Batch, BatchOptions
@@ -18,13 +20,12 @@ from swim.train.encode import ConversationEncoder
 from swim.train.families import family_of
 from swim.train.sequence import check_sequence
 from swim.train.stock import build_stock_model, parameter_groups, tokenizer_and_config
-from swim.train.system import Progress, Request, Term
+from swim.train.system import Progress, Request, Term, View
 from swim.train.systems.swim.config import Config as SwimConfig
 from swim.train.systems.swim.config import resolve_layers
 from swim.train.systems.swim.data import Conversations, SwimBatch, SwimCollator
+from swim.train.systems.swim.details import HeadCapture, noun_details, with_answers
 from swim.train.systems.swim.objective import noun_maps, swim_loss
-
-MAX_ANSWER_TOKENS = 64
 
 
 class SwimSystem:
@@ -124,33 +125,55 @@ class SwimSystem:
         return noun_maps(capture.maps(), batch)
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, request: Request) -> list[dict[str, Any]]:
-        """Free answer and teacher-forced noun maps per conversation, in the form `swim.evaluation` reads."""
+    def predict(self, model: nn.Module, request: Request, view: View = View()) -> list[dict[str, Any]]:  # noqa: B008
+        """Free answer and noun maps per conversation, teacher-forced unless `view` wants them over the answer, in the
+        form `swim.evaluation` reads."""
         conversations, holes = self.probe_collator.encode(request)
         failed = [{"id": hole.id, "clip": request.sample.key, "error": hole.reason} for hole in holes]
         if not conversations:
             return failed
-        device = next(model.parameters()).device
-        batch = self.probe_collator.assemble(conversations, [request.sample.masks] * len(conversations)).to(device)
-        maps = self._maps(model, batch)
-        answers = self._answers(model, conversations)
+        record, shown = request.sample.record, request.sample.record
+        answers = self._answers(model, conversations, view.max_new_tokens)
+        unsaid: dict[str, list[dict[str, Any]]] = {}
+        if view.generated:
+            shown, unsaid = with_answers(record, {name: text for (name, *_), text in zip(conversations, answers)})
+            again = Request(replace(request.sample, record=shown), tuple(_number(name) for name, *_ in conversations))
+            conversations, holes = self.probe_collator.encode_clip(again, conversations[0][2])
+            failed += [{"id": hole.id, "clip": request.sample.key, "error": hole.reason} for hole in holes]
+        said = dict(zip([name for name, *_ in conversations], answers, strict=True))
+        batch, maps, details = self._look(model, conversations, request.sample.masks, view)
         predictions = []
         for number, name in enumerate(batch.ids):
             # By its id: a conversation that could not be encoded has no row.
-            conversation = request.sample.record.conversations[int(name.rsplit("#", 1)[1])]
+            conversation = record.conversations[_number(name)]
             own = [i for i, noun in enumerate(batch.nouns) if noun.conversation == number]
-            predictions.append(
-                {
-                    "id": name,
-                    "clip": request.sample.key,
-                    "task": conversation.task,
-                    "prompt": next((turn.text for turn in reversed(conversation.turns) if turn.role == "user"), ""),
-                    "target": conversation.turns[-1].text,
-                    "answer": answers[number],
-                    "nouns": [self._noun(batch, i, maps[i]) for i in own],
-                }
-            )
+            line = {
+                "id": name,
+                "clip": request.sample.key,
+                "task": conversation.task,
+                "prompt": next((turn.text for turn in reversed(conversation.turns) if turn.role == "user"), ""),
+                "target": conversation.turns[-1].text,
+                "answer": said[name],
+                "nouns": [self._noun(batch, i, maps[i]) | details[i] for i in own],
+            }
+            predictions.append(line | ({"unsaid": unsaid[name]} if unsaid.get(name) else {}))
         return failed + predictions
+
+    def _look(
+        self, model: nn.Module, conversations: Conversations, masks: Masks, view: View
+    ) -> tuple[SwimBatch, list[Tensor], list[dict[str, Any]]]:
+        """The conversations' batch, each noun's map and what else `view` keeps of it."""
+        device = next(model.parameters()).device
+        batch = self.probe_collator.assemble(conversations, [masks] * len(conversations)).to(device)
+        num_layers = self.model_config.get_text_config().num_hidden_layers
+        kept = resolve_layers(view.layers, num_layers) if view.layers is not None else self.layers
+        layers = tuple(sorted({*self.layers, *(kept if view.keep else ())}))
+        kind = HeadCapture if "heads" in view.keep else Capture
+        capture = kind(batch.table, layers, layout=batch.layout, detach=True)
+        model(**batch.inputs, use_cache=False, logits_to_keep=1, **{MODEL_KWARG: capture})
+        found = capture.maps()
+        maps = noun_maps({layer: found[layer] for layer in self.layers}, batch)
+        return batch, maps, noun_details(capture, batch, masks, view.keep, kept=kept, supervised=self.layers)
 
     def _noun(self, batch: SwimBatch, number: int, flat: Tensor) -> dict[str, Any]:
         noun = batch.nouns[number]
@@ -169,7 +192,7 @@ class SwimSystem:
             "coverage": [None if c is None else c.tolist() for c in _coverage(batch, number)],
         }
 
-    def _answers(self, model: Any, conversations: Conversations) -> list[str]:
+    def _answers(self, model: Any, conversations: Conversations, max_new_tokens: int) -> list[str]:
         """Greedy answers by the stock `generate`; prompts are the training prompts, left-padded."""
         device = next(model.parameters()).device
         longest = max(e.answer_start for _, e, _ in conversations)
@@ -186,7 +209,7 @@ class SwimSystem:
         tokens = model.generate(
             **{name: tensor.to(device) for name, tensor in inputs.items()},
             generation_config=GenerationConfig(
-                max_new_tokens=MAX_ANSWER_TOKENS,
+                max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=self.collator.options.pad_token,
                 eos_token_id=self.tokenizer.eos_token_id,
@@ -198,6 +221,11 @@ class SwimSystem:
 def _coverage(batch: SwimBatch, number: int) -> list[np.ndarray | None]:
     """Coverage of every step for noun `number`, without the rounding errors that would count as a touch of the mask."""
     return [None if c is None else np.round(c, 6) for c in batch.coverages[number]]
+
+
+def _number(id: str) -> int:
+    """Number of the conversation in its record."""
+    return int(id.rsplit("#", 1)[1])
 
 
 def build(config: Config) -> SwimSystem:
