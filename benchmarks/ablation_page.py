@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 
@@ -155,8 +156,9 @@ def _draw(cells: Mapping[str, Seeds], path: Path) -> None:
         axes.set(xlabel=metric, xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4))
         axes.set_yticks(range(len(rows)), [name.replace("/", ": ") for name in rows], fontsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    # Without the date, so that the same results give the same file.
-    figure.savefig(path, metadata={"Date": None})
+    # The same results give the same file: without the date, and with names that are not drawn at random.
+    with rc_context({"svg.hashsalt": "ablations"}):
+        figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ of masks and kind of word bind attention to an object.
 In: recipes/tiny_cpu.yaml on hard synthetic clips, one override at a time. Every cell is a real run of launch/train.sh
 on one rank and seed, scored on held-out clips: alignment by protocol alignment-grid, answers, and entropy and mass of
 the maps per kind of word. Out: benchmarks/results/ablations.json, and from it docs/ablations.md and docs/ablations.svg
-(benchmarks/ablation_page.py). Finished cells are not repeated. About 75 seconds of one core a cell.
+(benchmarks/ablation_page.py). What that file or the folder of runs holds is not run again. About 75 seconds of one core
+a cell.
 """
 
 import argparse
@@ -15,8 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def render(out: Path, clips: int, held_out: int) -> None:
 
 
 def run_cell(job: tuple[str, int], *, out: Path, steps: int) -> dict[str, Any]:
-    """Train and score one cell with one seed, or read what an earlier call found."""
+    """Train and score one cell with one seed, or read what a call that was stopped had found."""
     cell, seed = job
     name = f"{''.join(c if c.isalnum() else '_' for c in cell)}_seed{seed}_steps{steps}"
     result = out / name / "ablation.json"
@@ -171,13 +171,28 @@ def main(arguments: Sequence[str] | None = None) -> Path:
         for name in names
         if seed in (options.claim_seeds if name in (DEFAULT, SFT) else options.seeds)
     ]
-    with ProcessPoolExecutor(options.jobs) as pool:
-        found = list(pool.map(partial(run_cell, out=out, steps=options.steps), jobs))
     command = " ".join(["python benchmarks/ablations.py", *(sys.argv[1:] if arguments is None else arguments)])
     result = folder / "ablations.json"
-    write_whole(result, json.dumps({"command": command, "steps": options.steps, "cells": found}, indent=1) + "\n")
+    done = {} if options.preset else finished(result, options.steps)
+    with ProcessPoolExecutor(options.jobs) as pool:
+        missing = [job for job in jobs if job not in done]
+        running = {pool.submit(run_cell, job, out=out, steps=options.steps): job for job in missing}
+        for ended in as_completed(running):
+            done[running[ended]] = ended.result()
+            # In the order of the cells, whichever ended first.
+            found = [done[job] for job in sorted(done, key=lambda job: (list(cells()).index(job[0]), job[1]))]
+            whole = {"command": command, "steps": options.steps, "cells": found}
+            write_whole(result, json.dumps(whole, indent=1) + "\n")
     write_page(result, options.out if options.preset else Path("docs"))
     return result
+
+
+def finished(result: Path, steps: int) -> dict[tuple[str, int], dict[str, Any]]:
+    """What the result file of an earlier call, stopped or not, holds of runs of so many steps."""
+    if not result.exists():
+        return {}
+    known = json.loads(result.read_text())["cells"]
+    return {(found["cell"], found["seed"]): found for found in known if found["steps"] == steps}
 
 
 if __name__ == "__main__":
