@@ -98,7 +98,7 @@ def find_source(run: Path, checkpoint: str | None, base: str | None) -> Source:
     else:
         name = f"step_{int(checkpoint):08d}" if checkpoint.isdecimal() else checkpoint
         path = run / "checkpoints" / name
-        if name not in ("last", "best") and not re.fullmatch(r"step_\d{8}", name) or not path.exists():
+        if (name not in ("last", "best") and not re.fullmatch(r"step_\d{8}", name)) or not path.exists():
             there = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("[!.]*"))) or "none"
             raise ExportError(f"{path} is not there; checkpoints of this run: {there}")
         folder = None
