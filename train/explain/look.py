@@ -123,9 +123,8 @@ class Loaded:
         ids = torch.from_numpy(asked.ids)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self.family.inputs([clip], types)}
         # An answer with a placeholder for vision could not be read again: there is nothing to put in its place.
-        places = {
-            int(place) for kind in ("image", "video") if (place := getattr(self.config, f"{kind}_token_id", None))
-        }
+        ids_of = (getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        places = {int(place) for place in ids_of if place is not None}
         config = greedy(limit, pad=self._pad(), eos=self.tokenizer.eos_token_id, suppress=sorted(places))
         tokens = self.model.generate(**{k: v.to(self.device) for k, v in inputs.items()}, generation_config=config)
         return [int(token) for token in tokens[0, ids.shape[1] :]]
