@@ -237,7 +237,7 @@ def problems(record: Record, masks: Masks) -> Iterator[Problem]:
             if not 0 <= frame < num_frames:
                 yield f"masks.{name}[{frame}]", f"frame {frame} is outside the clip", frame_remedy
             elif rle is not None:
-                for problem, remedy in _rle_problems(rle, record.media[0]):
+                for problem, remedy in rle_problems(rle, record.media[0].height, record.media[0].width):
                     yield f"masks.{name}[{frame}]", problem, remedy
 
 
@@ -269,16 +269,17 @@ def _mention_problems(path: str, mention: Mention, text: str, ids: list[str]) ->
             yield f"{path}.object_ids", problem, "list it under 'objects', or leave object_ids empty"
 
 
-def _rle_problems(rle: Rle, media: Media) -> Iterator[tuple[str, str]]:
+def rle_problems(rle: Rle, media_height: int, media_width: int) -> Iterator[tuple[str, str]]:
+    """What is wrong with a mask of media of that size in pixels, each with a remedy."""
     height, width = rle.size
     if not (1 <= height <= MAX_MASK_SIDE and 1 <= width <= MAX_MASK_SIDE):
         yield f"size {height}x{width} is outside 1 to {MAX_MASK_SIDE} a side", "give size as [height, width]"
         return
     # A mask may have a size of its own but not another shape; the slack is for sides rounded to even numbers, be they
     # those of the mask or those of the media.
-    slack = 2 * max(media.width + media.height, width + height)
-    if abs(height * media.width - width * media.height) > slack:
-        problem = f"size {height}x{width} has another shape than the media's {media.height}x{media.width}"
+    slack = 2 * max(media_width + media_height, width + height)
+    if abs(height * media_width - width * media_height) > slack:
+        problem = f"size {height}x{width} has another shape than the media's {media_height}x{media_width}"
         yield problem, "give size as [height, width] of the frame as it is stored"
         return
     if len(rle.counts) > 7 * (height * width + 1):

@@ -29,7 +29,9 @@ function firstWord() {
   return noun >= 0 ? noun : Math.max(0, words.findIndex((word) => word.entry !== null));
 }
 
-const spelled = (text, word) => text.slice(word.start, word.end).toLowerCase();
+// Offsets count characters, as in Python; a string here counts some of them (emoji) twice.
+const cut = (text, word) => [...text].slice(word.start, word.end).join("");
+const spelled = (text, word) => cut(text, word).toLowerCase();
 const asText = (number) => (number ? data.views[number - 1].answer : data.prompt);
 const wordsOf = (number) => (number ? data.views[number - 1].words[1] : data.views[0].words[0]);
 const chosenWord = () => wordsOf(state.text)[state.word];
@@ -371,7 +373,7 @@ function followWord() {
 }
 
 function save() {
-  const word = chosenWord(), text = asText(state.text).slice(word.start, word.end);
+  const word = chosenWord(), text = cut(asText(state.text), word);
   const models = shown.filter((one) => one.word && one.word.entry !== null).map(({ view, word: own }) => ({
     name: view.name, answer: view.answer, grid: view.grid, frames: view.frames, provenance: view.provenance,
     layers: Object.fromEntries(view.layers.map((layer, place) => [layer, Object.fromEntries(

@@ -377,6 +377,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if shutil.which("nvidia-smi") is None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed announces its choice on stdout
+    from safetensors import SafetensorError
+
     from swim.data_tools.mixture import PlanError
     from swim.data_tools.shards import ShardError
     from swim.train.config import ConfigError
@@ -384,6 +386,9 @@ def main() -> None:
 
     try:
         app()
+    except SafetensorError as error:
+        print(f"error: a safetensors file of the model is damaged or cut off ({error})", file=sys.stderr)
+        raise SystemExit(2) from None
     except (ConfigError, DemoError, ShardError, PlanError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -5,6 +5,7 @@ to load the result. `verify_export.py` holds the checks.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
@@ -24,7 +25,7 @@ from swim.train.consolidate import Weights, checkpoint_weights
 from swim.train.families import family_of
 from swim.train.key_names import parameter_name
 from swim.train.lora import plain_name
-from swim.train.model_card import model_card
+from swim.train.model_card import model_card, read_scores
 from swim.train.partitions import CheckpointError
 from swim.train.processor_files import processor_files, tokenizer_fields
 from swim.train.serve import serve_lines, traps
@@ -82,8 +83,10 @@ class Exported(NamedTuple):
 def find_source(run: Path, checkpoint: str | None, base: str | None) -> Source:
     """The weights of a run: its final model, or those of a checkpoint (`last`, `best` or a step).
 
-    ExportError or CheckpointError for what is not there.
+    ExportError for what is not there or damaged.
     """
+    if not (run / "config.yaml").exists():
+        raise ExportError(f"{run / 'config.yaml'} is missing: no run is there; give the folder of one, as in runs/NAME")
     if checkpoint is None:
         folder: Path | None = run / "model"
         if not (run / "done.json").exists():
@@ -95,11 +98,14 @@ def find_source(run: Path, checkpoint: str | None, base: str | None) -> Source:
     else:
         name = f"step_{int(checkpoint):08d}" if checkpoint.isdecimal() else checkpoint
         path = run / "checkpoints" / name
-        if not path.exists():
+        if (name not in ("last", "best") and not re.fullmatch(r"step_\d{8}", name)) or not path.exists():
             there = ", ".join(sorted(p.name for p in (run / "checkpoints").glob("[!.]*"))) or "none"
             raise ExportError(f"{path} is not there; checkpoints of this run: {there}")
         folder = None
-        config, weights = checkpoint_weights(path)
+        try:
+            config, weights = checkpoint_weights(path)
+        except CheckpointError as error:
+            raise ExportError(f"{error}, or give another one with --checkpoint") from None
         origin = f"checkpoint {path.resolve().name}"
     if base is not None:
         if config.model.path is None:
@@ -127,13 +133,19 @@ def export(
     """
     from swim.train.verify_export import verify_export
 
+    if out.exists() and not out.is_dir():
+        raise ExportError(f"{out} is a file; give a folder")
     if out.exists() and any(out.iterdir()) and not (out / MARKER).exists():
         raise ExportError(f"{out} holds files that no export made; give another folder, or remove it")
     if results is not None and checkpoint is not None:
         raise ExportError("--results belong to the run's final model: leave --checkpoint out, or --results")
     source = find_source(run, checkpoint, base)
+    base = source.config.model.path
+    if base is not None and out.exists() and out.resolve() == base_folder(base).resolve():
+        raise ExportError(f"{out} is the base of this run, which the export would replace; give another folder")
     if form == "adapter" and (source.config.model.lora is None or source.config.model.path is None):
         raise ExportError(f"{run}: adapters alone need a run with model.lora on a base (model.path); use --lora merged")
+    scored = None if results is None else read_scores(results, run)  # before anything large is written
     hidden = out.with_name(f".{out.name}.incoming")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
@@ -141,7 +153,6 @@ def export(
         write_adapter(source, hidden)
     else:
         write_merged(source, hidden, max_shard_bytes)
-    base = source.config.model.path
     serve = serve_lines(source.config, source.model_type, out, base if form == "adapter" else None)
     card = model_card(
         source.config,
@@ -150,7 +161,7 @@ def export(
         origin=source.origin,
         library="peft" if form == "adapter" else "transformers",
         serve=serve,
-        results=results,
+        scored=scored,
         licence=licence or base_licence(base),
     )
     (hidden / "README.md").write_text(card)
@@ -199,10 +210,13 @@ def stored_tensors(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype
     """Shape, type and file of every tensor in the safetensors files of a model folder, from their headers."""
     found: dict[str, tuple[tuple[int, ...], torch.dtype, Path]] = {}
     for path in sorted(folder.glob("model*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                found[name] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()], path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    found[name] = (tuple(part.get_shape()), _DTYPES[part.get_dtype()], path)
+        except SafetensorError as error:
+            raise ExportError(f"{path}: damaged or cut off ({error}); take the weights from a checkpoint") from None
     if not found:
         raise ExportError(f"{folder}: no model*.safetensors in it; give the folder of a model in safetensors form")
     return found
@@ -280,6 +294,6 @@ def write_adapter(source: Source, hidden: Path) -> None:
     settings["base_model_name_or_path"] = source.config.model.path
     (hidden / "adapter_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     if not source.weights.adapters:
-        raise CheckpointError(f"{source.run}: no adapters in its {source.origin}")
+        raise ExportError(f"{source.run}: no adapters in its {source.origin}; use --lora merged")
     save_adapter(source.weights.adapters, hidden / "adapter_model.safetensors")
     tokenizer_and_config(source.config.model)[0].save_pretrained(hidden)

@@ -28,11 +28,10 @@ def model_card(
     origin: str,
     library: str,
     serve: list[str],
-    results: Path | None,
+    scored: Mapping[str, Any] | None,
     licence: str,
 ) -> str:
-    """Markdown with YAML front matter as the hub reads it; ConfigError for results of other weights or runs."""
-    scored = None if results is None else _scores(results, run)
+    """Markdown with YAML front matter as the hub reads it; `scored` is what `read_scores` gives."""
     sources = _data_sources(config)
     front = {
         **({"base_model": config.model.path} if config.model.path else {}),
@@ -58,13 +57,16 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _scores(path: Path, run: Path) -> dict[str, Any]:
+def read_scores(path: Path, run: Path) -> dict[str, Any]:
     """Metrics of the run's arm of a results.json, with protocol and coverage; of these weights, or ConfigError."""
     from swim.train.predict import weights_digest
 
-    results = json.loads(path.read_text())
+    try:
+        results = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path}: no JSON ({error}); give the results.json of swim evaluate") from None
     arm = run.resolve().name
-    if not isinstance(results.get(arm), dict):
+    if not isinstance(results, dict) or not isinstance(results.get(arm), dict):
         raise ConfigError(f"{path}: no scores of {arm!r} in it; score this run, or leave --results out")
     origin = results.get("provenance", {}).get("arms", {}).get(arm, {})
     stated, own = str(origin.get("model", {}).get("weights_sha256")), weights_digest(run)

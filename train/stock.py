@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
 from swim.train.attention import enable_checkpointing, register_capture
 from swim.train.config import ConfigError, ModelConfig
@@ -27,6 +27,21 @@ def tokenizer_and_config(source: ModelConfig) -> tuple[Any, Any]:
     assert source.config is not None
     tokenizer = train_tokenizer(source.tokenizer)
     return tokenizer, _inline_config(source.config, tokenizer)
+
+
+def greedy(tokens: int, *, pad: int, eos: int | None, suppress: list[int] | None = None) -> GenerationConfig:
+    """Generation of the likeliest token each time, `tokens` of them at most, whatever the base's own config says."""
+    # `generate` fills in what is None from the base's generation_config.json: Qwen2.5-VL's penalises repetition.
+    return GenerationConfig(
+        max_new_tokens=tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        suppress_tokens=suppress,
+        pad_token_id=pad,
+        eos_token_id=eos,
+    )
 
 
 def build_stock_model(source: ModelConfig, config: Any, *, seed: int) -> nn.Module:

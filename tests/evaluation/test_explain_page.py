@@ -208,6 +208,17 @@ def test_scale_mass_and_uniform_are_said(compared: Any) -> None:
     choose(compared, "scope", "step")
 
 
+def test_words_behind_an_emoji_are_cut_where_python_cuts_them(film: Film, tmp_path: Path, driver: Any) -> None:
+    """The script compares words by their letters; a browser counts an emoji as two of them."""
+    answer = "\U0001f642 \U0001f642 circle goes"
+    views = [view("first"), view("second", 1, answer=answer)]
+    write_page(tmp_path / "page.html", prompt=PROMPT, film=film, views=views)
+    open_page(driver, tmp_path / "page.html")
+    driver.find_element("css selector", 'button[data-text="1"][data-word="1"]').click()
+    caption = driver.find_element("css selector", 'figure[data-view="1"] .now').text
+    assert caption.startswith("step "), "the second answer has the word too"
+
+
 def test_sinks_are_what_all_words_share(film: Film, tmp_path: Path, driver: Any) -> None:
     """A word that looks where all do has nothing left; one that also looks elsewhere has that left."""
     made = view()

@@ -269,6 +269,8 @@ def test_the_command_writes_page_and_cells(run, shards, tmp_path):
         (["VIDEO", "the <ins>dog"], "has no '</ins>'"),
         (["VIDEO", "a <|im_end|>"], "control token"),
         (["VIDEO", "what ?", "--mask", "LATE"], "frame 99"),
+        (["LATE", "what ?"], "late.json: video"),
+        (["VIDEO", "what ?", "--json", "FOLDER", "--model", "missing"], "is a folder; give the name of a file"),
         (["VIDEO", "what ?", "--layers", "9"], "layers of this model"),
         (["VIDEO", "what ?", "--page-mib", "0.001"], "--page-mib"),
         (["VIDEO", "what ?", "--nouns", "magic"], "magic"),
@@ -308,6 +310,24 @@ def test_masks_are_read_in_every_form_that_is_promised(tmp_path):
             read_masks(path)
 
 
+def test_masks_that_do_not_belong_to_the_video_are_refused(tmp_path):
+    """A mask of another shape would be stretched over the wrong pixels, in contour and mass alike."""
+    video, path = tmp_path / "clip.mp4", tmp_path / "masks.json"
+    video.write_bytes(synthesise(tmp_path / "shards", clips=1, seed=3).read(0).media())
+    mask = np.zeros((56, 56), dtype=bool)
+    mask[8:20, 8:20] = True
+    path.write_text(json.dumps({"dog": {"3": encode_mask(mask)}}))
+    assert video_subject(video, path).masks["dog"][3].size == (56, 56), "half the size is the same shape"
+    for rle, problem in (
+        (encode_mask(mask[:28]), "size 28x56 has another shape than the media's 112x112"),
+        ({"size": [112, 112], "counts": "garbage!!"}, "outside the RLE alphabet"),
+        ({"size": [112, 112], "counts": encode_mask(mask)["counts"]}, "the runs sum to"),
+    ):
+        path.write_text(json.dumps({"dog": {"3": rle}}))
+        with pytest.raises(ValueError, match=rf"masks.json: mask of dog in frame 3: .*{problem}"):
+            video_subject(video, path)
+
+
 def test_masks_of_an_uneven_video_follow_its_frames(tmp_path):
     """Its frames get new numbers when it is made even: masks are still those of the picture they were drawn on."""
     numbered = synthesise(tmp_path / "numbered", clips=1, seed=1, size=56, frames=24, fps=8).read(0).media()
@@ -340,6 +360,9 @@ def test_the_sequence_read_is_the_one_generated(run, shards):
         logits = model.model(**batch.inputs, use_cache=False).logits[0]
     predicted = logits[len(asked.ids) - 1 : -1].argmax(-1).tolist()
     assert predicted == generated
+    # Published models bring a generation config of their own, from which `generate` takes what is left unsaid.
+    model.model.generation_config.repetition_penalty = 1e-3
+    assert model.generate(asked, clip, 3) == generated, "greedy, whatever the base says"
 
 
 @pytest.mark.slow

@@ -410,6 +410,8 @@ def test_what_no_export_made_is_not_overwritten(full, tmp_path):
         ({"form": "adapter"}, "adapters alone need a run with model.lora"),
         ({"checkpoint": "12"}, "step_00000012 is not there; checkpoints of this run: none"),
         ({"checkpoint": "last", "results": Path("x")}, "--results belong to the run's final model"),
+        ({"checkpoint": ""}, "checkpoints of this run: none"),
+        ({"checkpoint": "../.."}, "checkpoints of this run: none"),
         ({"base": "/nowhere"}, "the base /nowhere cannot be read"),
     ],
 )
@@ -424,6 +426,28 @@ def test_a_run_that_is_not_finished_names_its_checkpoints(full, tmp_path):
     (trained / "done.json").unlink()
     with pytest.raises(ExportError, match=r"the run is not finished; give --checkpoint last"):
         export(trained, tmp_path / "out")
+    (trained / "checkpoints" / "last").mkdir(parents=True)
+    with pytest.raises(ExportError, match=r"no usable manifest.json .* or give another one with --checkpoint"):
+        export(trained, tmp_path / "out", checkpoint="last")
+    with pytest.raises(ExportError, match="no run is there"):
+        export(tmp_path / "typo", tmp_path / "out")
+
+
+def test_the_base_of_a_run_is_not_replaced_by_its_export(full, tmp_path):
+    trained, _ = full
+    export(trained, tmp_path / "base", verify=False)
+    before = contents(tmp_path / "base")
+    with pytest.raises(ExportError, match="is the base of this run"):
+        export(trained, tmp_path / "base", verify=False, base=str(tmp_path / "base"))
+    assert contents(tmp_path / "base") == before
+
+
+@pytest.mark.parametrize(("text", "problem"), [("[]", "no scores of 'run' in it"), ("{", "no JSON")])
+def test_wrong_results_are_said_before_anything_is_written(text, problem, full, tmp_path):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"results.json: {problem}"):
+        export(full[0], tmp_path / "out", verify=False, results=tmp_path / "results.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_every_number_of_the_card_is_the_files(full, tmp_path):

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from swim.data_tools.all_nouns import marked_nouns, words_of
-from swim.data_tools.records import Masks, Rle
+from swim.data_tools.records import Masks, Rle, rle_problems
 from swim.data_tools.reencode import reencode
 from swim.data_tools.shards import ShardSet
-from swim.data_tools.video import UnsteadyVideo, probe
+from swim.data_tools.video import UnsteadyVideo, VideoError, VideoInfo, probe
 from swim.evaluation.explain_page import Film, Object, raw_cells, write_page
 from swim.train.explain.look import Options, Subject, look
 from swim.train.explain.sources import distinct, find_source
@@ -41,6 +41,10 @@ def explain(
     prompt, nouns, nouns_by = marked_nouns(tagged, options.nouns)
     if not words_of(prompt):
         raise ValueError(f"the prompt {prompt!r} has no words; ask something about the video")
+    for path in filter(None, (out, cells)):  # before minutes are spent on what could not be written
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder; give the name of a file in it")
+        path.parent.mkdir(parents=True, exist_ok=True)
     mp4, info, _ = reencode(subject.video, options.side, crf=CRF)
     played = probe(mp4)
     film = Film(subject.name, mp4, played.height, played.width, info.num_frames, played.fps)
@@ -64,21 +68,32 @@ def explain(
 
 def video_subject(video: Path, mask: Path | None) -> Subject:
     """A video file with the masks of a JSON file: a masks layer {object: {frame: RLE or null}}, or one object's frames
-    as RLE or {"segmentation": RLE}. ValueError for another form and frames that the video has not got."""
+    as RLE or {"segmentation": RLE}. ValueError for another form, frames that the video has not got, and masks that are
+    damaged or of another shape than its frames."""
     data = video.read_bytes()
     try:
-        info = probe(data)
-        frame_map = None
-    except UnsteadyVideo:
-        # Its frames have no numbers that all decoders agree on: from here on they are those of the re-encoded one.
-        data, _, frame_map = reencode(data)
-        info = probe(data)
+        data, info, frame_map = _steady(data)
+    except VideoError as error:
+        raise ValueError(f"{video}: {error}") from None
     masks = {} if mask is None else read_masks(mask)
+    for id, of in masks.items():
+        for frame, rle in of.items():
+            for problem, remedy in () if rle is None else rle_problems(rle, info.height, info.width):
+                raise ValueError(f"{mask}: mask of {id} in frame {frame}: {problem}; {remedy}")
     if frame_map is not None:
         masks = {id: {n: of[f] for n, f in enumerate(frame_map) if f in of} for id, of in masks.items()}
     if late := [f for frames in masks.values() for f in frames if not 0 <= f < info.num_frames]:
         raise ValueError(f"{mask}: frame {late[0]} has a mask, the video has frames 0 to {info.num_frames - 1}")
     return Subject(video.name, data, info, None, masks, {}, {})
+
+
+def _steady(data: bytes) -> tuple[bytes, VideoInfo, list[int] | None]:
+    try:
+        return data, probe(data), None
+    except UnsteadyVideo:
+        # Its frames have no numbers that all decoders agree on: from here on they are those of the re-encoded one.
+        data, _, frame_map = reencode(data)
+        return data, probe(data), frame_map
 
 
 def sample_subject(shards: ShardSet, key: str) -> Subject:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from swim import __version__
 from swim.data_tools.all_nouns import find_nouns, words_of
@@ -30,7 +29,7 @@ from swim.train.explain.row_maps import RowMaps
 from swim.train.explain.sources import Source
 from swim.train.families import Clip, family_of, sampled_clip
 from swim.train.predict import safetensors_digest
-from swim.train.stock import build_stock_model, tokenizer_and_config
+from swim.train.stock import build_stock_model, greedy, tokenizer_and_config
 from swim.train.systems.swim.config import resolve_layers
 from swim.train.systems.swim.targets import step_coverages
 
@@ -124,15 +123,10 @@ class Loaded:
         ids = torch.from_numpy(asked.ids)[None]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self.family.inputs([clip], types)}
         # An answer with a placeholder for vision could not be read again: there is nothing to put in its place.
-        places = {getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video")} - {None}
-        greedy = GenerationConfig(
-            max_new_tokens=limit,
-            do_sample=False,
-            suppress_tokens=sorted(places),
-            pad_token_id=self._pad(),
-            eos_token_id=self.tokenizer.eos_token_id,
-        )
-        tokens = self.model.generate(**{k: v.to(self.device) for k, v in inputs.items()}, generation_config=greedy)
+        ids_of = (getattr(self.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        places = {int(place) for place in ids_of if place is not None}
+        config = greedy(limit, pad=self._pad(), eos=self.tokenizer.eos_token_id, suppress=sorted(places))
+        tokens = self.model.generate(**{k: v.to(self.device) for k, v in inputs.items()}, generation_config=config)
         return [int(token) for token in tokens[0, ids.shape[1] :]]
 
     def answer_words(self, generated: Sequence[int], first: int, nouns: str) -> tuple[str, list[_Tokens]]:

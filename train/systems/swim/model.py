@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from transformers import GenerationConfig
 
 from swim.data_tools.records import Masks
 from swim.evaluation.alignment import mean_metrics, noun_metrics
@@ -19,7 +18,7 @@ from swim.train.config import Config
 from swim.train.encode import ConversationEncoder
 from swim.train.families import family_of
 from swim.train.sequence import check_sequence
-from swim.train.stock import build_stock_model, parameter_groups, tokenizer_and_config
+from swim.train.stock import build_stock_model, greedy, parameter_groups, tokenizer_and_config
 from swim.train.system import Progress, Request, Term, View
 from swim.train.systems.swim.config import Config as SwimConfig
 from swim.train.systems.swim.config import resolve_layers
@@ -208,11 +207,8 @@ class SwimSystem:
         inputs = {"input_ids": ids, "attention_mask": mask, **visual}
         tokens = model.generate(
             **{name: tensor.to(device) for name, tensor in inputs.items()},
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.collator.options.pad_token,
-                eos_token_id=self.tokenizer.eos_token_id,
+            generation_config=greedy(
+                max_new_tokens, pad=self.collator.options.pad_token, eos=self.tokenizer.eos_token_id
             ),
         )
         return [text.strip() for text in self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)]
