@@ -49,6 +49,7 @@ def score_files(
         raise PredictionsError(f"the arms are of different benchmarks: {', '.join(names)}; choose one with --benchmark")
     if len({file.header.name for file in files}) < len(files):
         raise PredictionsError(f"both arms are named {files[0].header.name!r}; name them with --names")
+    _check_data(files)
     found = find_benchmark(names[0])
     arms = {}
     for file in files:
@@ -79,6 +80,21 @@ def score_files(
     )
     (out / "summary.md").write_text(summary(results, found, [f.header.name for f in files]), encoding="utf-8")
     return results
+
+
+def _check_data(files: Sequence[PredictionFile]) -> None:
+    """PredictionsError if the arms were predicted on different data, though their ids may be the same."""
+    digests = [(file.header.provenance.get("data") or {}).get("sha256") for file in files]
+    targets = [{entry.id: entry.target for entry in file.header.expected if entry.target} for file in files]
+    differs = len({digest for digest in digests if digest}) > 1
+    changed = [id for id in targets[0] if targets[-1].get(id, targets[0][id]) != targets[0][id]]
+    if differs or changed:
+        what = (
+            f"data {', '.join(f'{digest:.12}' for digest in digests)}" if differs else f"the target of {changed[0]!r}"
+        )
+        raise PredictionsError(
+            f"{files[0].path} and {files[-1].path} were predicted on different data ({what}); predict both on the same"
+        )
 
 
 def _figures(file: PredictionFile) -> dict[str, Any]:

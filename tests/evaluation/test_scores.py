@@ -112,6 +112,7 @@ def test_predictions_of_other_ids_are_refused(lines: Lines) -> None:
     [
         ({"clip": "b"}, {}, "does not belong"),
         ({"answer": None}, {}, "must be strings"),
+        ({"target": "up", "answer": "up"}, {}, "of other data"),
         ({}, {"map": [[0.5, 0.5]]}, "expected"),
         ({}, {"map": "no"}, "could not convert"),
         ({}, {"map": [[[10**400]]]}, "too large"),

@@ -14,7 +14,7 @@ from evaluation_lines import header, write_file
 from processes import ROOT
 from typer.testing import CliRunner
 
-from swim.evaluation.predictions import PredictionsError, header_path, read_header, write_header
+from swim.evaluation.predictions import Expected, PredictionsError, header_path, read_header, write_header
 from swim.evaluation.stages import _judge_of, load, score_files
 from swim.train.cli import app
 
@@ -183,6 +183,21 @@ def test_two_arms_are_compared_by_clip(tmp_path: Path, line: Any, noun: Any) -> 
         score_files([load(base), load(other, benchmark="videorefer-bench-q")], tmp_path)
     with pytest.raises(PredictionsError, match=r"'mevis' is not known; there are: alignment-grid"):
         score_files([load(base, benchmark="mevis")], tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"provenance": {"data": {"sha256": "2" * 64}}}, {"expected": (Expected("a#0", "a", "direction", "up"),)}]
+)
+def test_arms_of_other_data_with_the_same_ids_are_not_compared(
+    change: dict[str, Any], tmp_path: Path, line: Any, noun: Any
+) -> None:
+    own = [line("a#0", [noun("o0", 0, 0)])]
+    base, other = (write_file(tmp_path / f"{name}.jsonl", own, ["a#0"], name=name) for name in ("base", "other"))
+    write_header(base, replace(read_header(base), provenance={"data": {"sha256": "1" * 64}}))
+    score_files([load(base), load(other)], tmp_path / "out")
+    write_header(other, replace(read_header(other), **change))
+    with pytest.raises(PredictionsError, match="predicted on different data"):
+        score_files([load(base), load(other)], tmp_path / "out")
 
 
 def test_a_header_is_needed_and_checked(tmp_path: Path) -> None:
