@@ -87,6 +87,8 @@ def score(
         timeout_s=judge_timeout,
         attempts=judge_attempts,
     )
+    if judge is None and (judge_dry_run or judge_param or judge_price or judge_cache):
+        raise PredictionsError("--judge-url is missing: the other --judge options say how it is asked")
     if judge is not None:
         from swim.evaluation.benchmarks.videorefer_d import PROTOCOL, pairs_of
 

@@ -138,7 +138,7 @@ def parse_robust(text: str) -> Scores:
     for match in re.finditer(r"\{[^{}]*\}", text):
         try:
             value = json.loads(match[0])
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         found |= {_axis(name): number for name, number in value.items() if isinstance(number, int | float)}
         if found.keys() & AXES.keys():
@@ -149,8 +149,8 @@ def parse_robust(text: str) -> Scores:
             grade = re.search(rf"{name}[\s*_\"'`)]*[:=\-–][\s*_\"'`(]*(\d+(?:\.\d+)?)", text, re.IGNORECASE)
             if grade:
                 found[axis] = float(grade[1])
-    good = {axis: float(found[axis]) for axis in AXES if axis in found and not isinstance(found[axis], bool)}
-    return {axis: grade for axis, grade in good.items() if LOWEST <= grade <= HIGHEST}
+    good = {axis: found[axis] for axis in AXES if axis in found and not isinstance(found[axis], bool)}
+    return {axis: float(grade) for axis, grade in good.items() if LOWEST <= grade <= HIGHEST}
 
 
 def _axis(name: str) -> str:
