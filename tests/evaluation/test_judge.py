@@ -77,6 +77,12 @@ ROBUST = find_profile("robust", None)
         (json.dumps(dict.fromkeys(AXES, True)), [None] * 4, [None] * 4),
         ("", [None] * 4, [None] * 4),
         ("The description is good.", [None] * 4, [None] * 4),
+        (f"<think>Perhaps {grades(0, 0, 0, 0)}?</think>{grades(5, 4, 3, 2)}", [None] * 4, [5, 4, 3, 2]),
+        (grades("5", 4, 3, 2), [None] * 4, [5, 4, 3, 2]),
+        (numbered(5, 4, 3, 2, form="{n}. {name} (0-5): {value}"), [None] * 4, [5, 4, 3, 2]),
+        # A scale is no grade.
+        (numbered(5, 4, 3, 2, form="{name}: 0-5, I give {value}"), [None] * 4, [None] * 4),
+        (numbered(5, 4, 3, 2, form="{name}: 0.5-5, I give {value}"), [None] * 4, [None] * 4),
     ],
 )
 def test_the_official_parser_fails_as_published_and_the_robust_one_recovers(
