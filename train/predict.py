@@ -213,7 +213,10 @@ def _check_same(path: Path, header: Header) -> None:
     if not path.exists() or not path.stat().st_size:
         return  # a first attempt that wrote no line binds to nothing
     if not header_path(path).exists():
-        raise ConfigError(f"{path} is there without a header, so nobody knows what it is of; give --out another name")
+        raise ConfigError(
+            f"{path} is there without a header, so nobody knows what it is of; "
+            "remove it, or name another file with `swim evaluate predict --out`"
+        )
     old = read_header(path)
     for what, before, now in (
         ("expected ids", old.expected, header.expected),
@@ -224,7 +227,7 @@ def _check_same(path: Path, header: Header) -> None:
         ("prompts", old.provenance["prompts_sha256"], header.provenance["prompts_sha256"]),
     ):
         if before != now:
-            raise ConfigError(f"{path} holds predictions with other {what}; give --out another name")
+            raise ConfigError(f"{path} holds predictions with other {what}; remove it, or name another file with --out")
 
 
 def _how(header: Header) -> list[Any]:
