@@ -268,6 +268,8 @@ class Client:
         if reply["choices"][0].get("finish_reason") == "length":
             raise ReplyError(f"cut off at {len(content)} characters; raise max_tokens")
         if issubclass(schema, Text):
+            if content.encode(errors="replace").decode() != content:  # half a character, which no file could hold
+                raise ReplyError(f"no valid Unicode, got {content[:200]!r}")
             return schema(text=content)
         fenced = re.fullmatch(r"\s*```(?:json)?\s*(.*?)\s*```\s*", content, re.DOTALL)
         try:

@@ -60,8 +60,15 @@ def _replace(turn: Turn, words: Mapping[str, str]) -> tuple[Turn, int]:
 
 
 def options_of(prompt: str) -> dict[str, str]:
-    """Letter -> text of the options that stand in a prompt, one a line."""
-    return {match[1]: match[2] for match in OPTION.finditer(prompt)}
+    """Letter -> text of the options that stand in a prompt, one a line: the last A and what follows it in order."""
+    return {match[1]: match[2] for match in _options(prompt)}
+
+
+def _options(prompt: str) -> list[re.Match[str]]:
+    # "Q: What is it?" has the form of an option, too.
+    found = list(OPTION.finditer(prompt))
+    first = max((i for i, match in enumerate(found) if match[1] == "A"), default=len(found))
+    return [match for i, match in enumerate(found[first:]) if match[1] == chr(ord("A") + i)]
 
 
 def letter_of(target: str) -> str | None:
@@ -78,7 +85,7 @@ def shuffle_options(conversation: Conversation, seed: int, name: str) -> Convers
     """
     asked = max((i for i, turn in enumerate(conversation.turns) if turn.role == "user"), default=-1)
     prompt, target = conversation.turns[asked], conversation.turns[-1]
-    found, letter = list(OPTION.finditer(prompt.text)), letter_of(target.text)
+    found, letter = _options(prompt.text), letter_of(target.text)
     texts = [match[2] for match in found]
     if asked < 0 or not 1 < len(set(texts)) == len(texts) or letter not in {match[1] for match in found}:
         raise ValueError(f"{name}: no question with lettered options and a letter as answer")

@@ -87,6 +87,8 @@ def score(
         timeout_s=judge_timeout,
         attempts=judge_attempts,
     )
+    if judge is None and (judge_dry_run or judge_param or judge_price or judge_cache):
+        raise PredictionsError("--judge-url is missing: the other --judge options say how it is asked")
     if judge is not None:
         from swim.evaluation.benchmarks.videorefer_d import PROTOCOL, pairs_of
 
@@ -169,13 +171,14 @@ def report(
 def print_results(results: dict[str, Any]) -> None:
     """The headline of every arm with 95 % intervals, their difference, and the coverage, as a table."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from swim.evaluation.registry import find_benchmark
     from swim.evaluation.stages import arms_of, table, title
 
     rows = table(results, find_benchmark(results["protocol"]["id"]).headline)
-    shown = Table(*rows[0])
+    shown = Table(*map(escape, rows[0]))
     for row in rows[1:]:
         shown.add_row(*row)
     for figure in ("seconds", "peak_memory_mib"):

@@ -72,6 +72,8 @@ def judge(
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_torn(path)
     done = {_key(line) for line in read_judged(path, about) if line["error"] is None}
+    # Each once: a variant may have the same answer.
+    pairs = list(dict.fromkeys(pairs))
     wanted = [(pair, n) for pair in pairs for n in range(repeats) if (pair.arm, pair.id, pair.digest, n) not in done]
     with path.open("a", encoding="utf-8") as file, ThreadPoolExecutor(max(1, min(workers, len(wanted)))) as pool:
         waiting: set[Future[dict[str, Any]]] = set()
@@ -99,7 +101,8 @@ def _write_done(waiting: set[Future[dict[str, Any]]], file: Any) -> set[Future[d
         if (error := future.exception()) is not None:
             failed = failed or error
             continue
-        file.write(json.dumps(future.result(), ensure_ascii=False) + "\n")
+        # Escaped: a reply may hold half a character, which is no UTF-8.
+        file.write(json.dumps(future.result()) + "\n")
     file.flush()
     if failed is not None:
         raise failed
@@ -126,6 +129,7 @@ def _ask(pair: Pair, repeat: int, profile: Profile, client: Client, about: Mappi
 
 def estimate_cost(pairs: Sequence[Pair], profile: Profile, client: Client, path: Path, *, repeats: int) -> Cost:
     """What `judge` would ask, without asking."""
+    pairs = list(dict.fromkeys(pairs))
     about = identity(client, profile)
     done = {_key(line) for line in read_judged(path, about) if line["error"] is None}
     wanted = [(pair, n) for pair in pairs for n in range(repeats) if (pair.arm, pair.id, pair.digest, n) not in done]

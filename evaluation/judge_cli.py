@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from swim.data_tools.llm import Client
-from swim.evaluation.judge import Pair, estimate_cost, identity, judge
+from swim.evaluation.judge import Pair, estimate_cost, identity, judge, read_judged
 from swim.evaluation.judge_profiles import Profile, find_profile
 from swim.evaluation.predictions import PredictionsError
 
@@ -72,7 +73,7 @@ def judge_options(
 ) -> JudgeOptions | None:
     """The options together; None without a URL. PredictionsError for what is missing or contradicts itself."""
     if url is None:
-        if model is not None or prompt is not None:
+        if model is not None or prompt is not None or key_variable is not None or profile != "robust":
             raise PredictionsError("--judge-url is missing: give the endpoint of the judge")
         return None
     if model is None:
@@ -99,7 +100,19 @@ def ask(pairs: Sequence[Pair], options: JudgeOptions, path: Path) -> None:
     """Have all pairs judged into judge.jsonl at `path`, saying what was asked. LlmError."""
     client = options.client()
     new = judge(pairs, options.profile, client, path, repeats=options.repeats, workers=options.workers)
-    print(f"{new} replies of {options.model} ({options.profile.name}), {client.num_calls} requests: {path}")
+    asked = {(pair.arm, pair.id, pair.digest) for pair in pairs}
+    lines = {
+        (line["arm"], line["id"], line["pair"], line["repeat"]): line["error"]
+        for line in read_judged(path, options.identity())
+        if (line["arm"], line["id"], line["pair"]) in asked
+    }
+    print(f"{new} asked of {options.model} ({options.profile.name}), {client.num_calls} requests: {path}")
+    if failed := [error for error in lines.values() if error is not None]:
+        print(
+            f"warning: {len(failed)} of {len(lines)} replies did not come and count worst until they do; run again. "
+            f"First: {failed[0]:.300}",
+            file=sys.stderr,
+        )
 
 
 def dry_run(pairs: Sequence[Pair], options: JudgeOptions, path: Path, price: tuple[float, float] | None) -> None:

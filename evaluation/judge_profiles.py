@@ -135,22 +135,32 @@ def parse_robust(text: str) -> Scores:
     Names may be in bold, in any case, with spaces or underscores. A grade outside 0 to 5 is none.
     """
     found: dict[str, float] = {}
+    text = text.rpartition("</think>")[2]  # what a judge tried out is no grade
     for match in re.finditer(r"\{[^{}]*\}", text):
         try:
             value = json.loads(match[0])
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        found |= {_axis(name): number for name, number in value.items() if isinstance(number, int | float)}
+        numbers = {name: _number(given) for name, given in value.items()}
+        found |= {_axis(name): number for name, number in numbers.items() if number is not None}
         if found.keys() & AXES.keys():
             break
     else:
         for axis in AXES:
             name = axis.replace("_", r"[\s_]+")
-            grade = re.search(rf"{name}[\s*_\"'`)]*[:=\-–][\s*_\"'`(]*(\d+(?:\.\d+)?)", text, re.IGNORECASE)
+            lead = rf"{name}[\s*_\"'`)]*(?:\([^()\n]*\))?[\s*_\"'`)]*[:=\-–][\s*_\"'`(]*"
+            # Not the 0 of "0-5", nor the 1 of "1e1".
+            grade = re.search(lead + r"(\d+(?:\.\d+)?)(?!\.?\d|\s*[-–]\s*\d|e\d)", text, re.IGNORECASE | re.ASCII)
             if grade:
                 found[axis] = float(grade[1])
-    good = {axis: float(found[axis]) for axis in AXES if axis in found and not isinstance(found[axis], bool)}
-    return {axis: grade for axis, grade in good.items() if LOWEST <= grade <= HIGHEST}
+    good = {axis: found[axis] for axis in AXES if axis in found}
+    return {axis: float(grade) for axis, grade in good.items() if LOWEST <= grade <= HIGHEST}
+
+
+def _number(given: object) -> float | None:
+    if isinstance(given, str) and re.fullmatch(r"\d+(?:\.\d+)?", given.strip()):
+        return float(given)
+    return given if isinstance(given, int | float) and not isinstance(given, bool) else None
 
 
 def _axis(name: str) -> str:

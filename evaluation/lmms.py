@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from swim.evaluation.predictions import Expected, Header, write_header
+from swim.evaluation.predictions import Expected, Header, PredictionsError, write_header
 
 TASKS = Path(__file__).resolve().parent / "lmms_tasks"
 
@@ -38,13 +38,17 @@ def lmms_predictions(
 
 def predictions_of(samples: Path) -> Iterator[dict[str, Any]]:
     """Predictions from a samples file of lmms-eval, in its order; ValueError for one that is not of our tasks."""
-    for number, text in enumerate(samples.read_text().splitlines(), start=1):
-        sample = json.loads(text)
-        parts = [part for part in sample.values() if isinstance(part, dict)]
-        unit = next((part for part in parts if {"id", "video"} <= part.keys()), None)
-        if unit is None:
-            raise ValueError(f"{samples}:{number}: no id and video in it; give the samples of a videorefer_bench task")
-        answers = sample["filtered_resps"]
+    # Not splitlines: an answer may hold a line separator, which ends no line here.
+    for number, text in enumerate(samples.read_bytes().rstrip(b"\n").split(b"\n"), start=1):
+        try:
+            sample = json.loads(text)
+            parts = [part for part in sample.values() if isinstance(part, dict)]
+            unit = next(part for part in parts if {"id", "video"} <= part.keys())
+            answers = sample["filtered_resps"]
+        except (ValueError, AttributeError, KeyError, IndexError, StopIteration):
+            raise PredictionsError(
+                f"{samples}:{number}: no id and video in it; give the samples of a videorefer_bench task"
+            ) from None
         yield {
             "id": f"{unit['video']}#{unit['id']}",
             "clip": unit["video"],

@@ -118,13 +118,19 @@ def read_header(predictions: Path, path: Path | None = None) -> Header:
         expected = tuple(Expected(**entry) for entry in found["expected"])
         if len({entry.id for entry in expected}) < len(expected):
             raise PredictionsError(f"{path}: an expected id is listed twice; list each once")
-        return Header(found["name"], found["benchmark"], expected, found["protocol"], found["provenance"])
+        header = Header(found["name"], found["benchmark"], expected, found["protocol"], found["provenance"])
+        texts = [header.name, header.benchmark, *(text for entry in expected for text in asdict(entry).values())]
+        if not all(isinstance(text, str) for text in texts) or not header.name:
+            raise TypeError("name, benchmark, and what is in `expected` must be strings, the name not empty")
+        if not isinstance(header.protocol, dict) or not isinstance(header.provenance, dict):
+            raise TypeError("protocol and provenance must be objects")
+        return header
     except FileNotFoundError:
         raise PredictionsError(
             f"{path} is missing: it says which ids {predictions} should hold. `swim evaluate predict` writes it; name "
             "another file with --expected"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise PredictionsError(f"{path}: not the header of predictions ({type(error).__name__}: {error})") from None
 
 
@@ -185,7 +191,8 @@ def _parse(id: str, line: Mapping[str, Any]) -> Prediction:
         raise ValueError(f"id {id!r} does not belong to clip {clip!r}; ids are CLIP#conversation")
     error = line.get("error")
     if error is not None:
-        return Prediction(id, clip, line.get("task", "unknown"), error=str(error), status="failed")
+        task = line.get("task")
+        return Prediction(id, clip, task if isinstance(task, str) else "unknown", error=str(error), status="failed")
     texts = [line[name] for name in ("task", "prompt", "target", "answer")]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("task, prompt, target and answer must be strings")
@@ -219,7 +226,7 @@ def _parse_noun(noun: Mapping[str, Any]) -> Noun:
         noun["turn"],
         noun["start"],
         noun["end"],
-        tuple(noun["object_ids"]),
+        tuple(str(object_id) for object_id in noun["object_ids"]),
         frames,
         map_THW,
         coverage_T,

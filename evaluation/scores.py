@@ -69,7 +69,13 @@ class PredictionFile:
     def _prediction(self, entry: Expected) -> Prediction:
         line = self.lines.by_id.get(entry.id)
         if line is not None:
-            return parse_prediction(line)
+            found = parse_prediction(line)
+            if found.target and entry.target and found.target != entry.target:
+                problem = (
+                    f"its target {found.target!r:.80} is not the expected one, {entry.target!r:.80}: of other data"
+                )
+                return Prediction(entry.id, entry.clip, entry.task, error=problem, status="unparsed")
+            return found
         return Prediction(entry.id, entry.clip, entry.task, error="no prediction", status="missing")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,11 @@ def score_files(
         raise PredictionsError(f"the arms are of different benchmarks: {', '.join(names)}; choose one with --benchmark")
     if len({file.header.name for file in files}) < len(files):
         raise PredictionsError(f"both arms are named {files[0].header.name!r}; name them with --names")
+    _check_data(files)
     found = find_benchmark(names[0])
     arms = {}
     for file in files:
-        arms[file.header.name] = found.score(file, s) | dict(file.header.provenance.get("figures", {}))
+        arms[file.header.name] = {**_figures(file), **found.score(file, s)}
     last = files[-1].header.name
     if variants:
         arms[last]["variants"] = {
@@ -78,6 +80,31 @@ def score_files(
     )
     (out / "summary.md").write_text(summary(results, found, [f.header.name for f in files]), encoding="utf-8")
     return results
+
+
+def _check_data(files: Sequence[PredictionFile]) -> None:
+    """PredictionsError if the arms were predicted on different data, though their ids may be the same."""
+    digests = [(file.header.provenance.get("data") or {}).get("sha256") for file in files]
+    targets = [{entry.id: entry.target for entry in file.header.expected if entry.target} for file in files]
+    differs = len({digest for digest in digests if digest}) > 1
+    changed = [id for id in targets[0] if targets[-1].get(id, targets[0][id]) != targets[0][id]]
+    if differs or changed:
+        what = (
+            f"data {', '.join(f'{digest:.12}' for digest in digests)}" if differs else f"the target of {changed[0]!r}"
+        )
+        raise PredictionsError(
+            f"{files[0].path} and {files[-1].path} were predicted on different data ({what}); predict both on the same"
+        )
+
+
+def _figures(file: PredictionFile) -> dict[str, Any]:
+    """The run's own figures, such as seconds; PredictionsError unless they are finite numbers or texts."""
+    figures = file.header.provenance.get("figures", {})
+    if not isinstance(figures, dict) or any(isinstance(v, float) and not isfinite(v) for v in figures.values()):
+        raise PredictionsError(
+            f"{file.path}: provenance.figures in its header must be an object of finite numbers, not {figures!r:.200}"
+        )
+    return figures
 
 
 def _judge_of(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -217,8 +244,13 @@ def report(folder: Path, data: str | Path | None = None) -> Path:
     path = folder / "results.json"
     if not path.exists():
         raise PredictionsError(f"{path} is missing: `swim evaluate score` writes it")
-    results = json.loads(path.read_text(encoding="utf-8"))
-    out, benchmark = folder / "report.html", find_benchmark(results["protocol"]["id"])
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        benchmark = find_benchmark(results["protocol"]["id"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise PredictionsError(f"{path}: not what `swim evaluate score` writes ({problem}); score again") from None
+    out = folder / "report.html"
     if results["protocol"]["id"] != "alignment-grid":
         write_benchmark_report(
             out, title=title(results), results=results, scores=folder / "scores.jsonl", headline=benchmark.headline

@@ -10,10 +10,15 @@ from swim.evaluation.scores import PredictionFile
 
 
 def header(
-    ids: Sequence[str], *, name: str = "run", benchmark: str = "alignment-grid", tasks: Mapping[str, str] | None = None
+    ids: Sequence[str],
+    *,
+    name: str = "run",
+    benchmark: str = "alignment-grid",
+    tasks: Mapping[str, str] | None = None,
+    target: str = "left",
 ) -> Header:
     """A header that expects these ids, of task `direction` and target `left` unless told."""
-    expected = tuple(Expected(id, clip_of(id), (tasks or {}).get(id, "direction"), "left") for id in ids)
+    expected = tuple(Expected(id, clip_of(id), (tasks or {}).get(id, "direction"), target) for id in ids)
     return Header(name, benchmark, expected, {}, {})
 
 

@@ -105,7 +105,7 @@ evaluation.command()(score)
 evaluation.command()(report)
 evaluation.command()(judge_check)
 evaluation.command()(lmms_path)
-evaluation.command()(lmms_predictions)
+evaluation.command("lmms-predictions")(one_message(lmms_predictions))
 
 
 @evaluation.command()

@@ -210,20 +210,28 @@ def make_header(model: Model, data: str | Path, shards: ShardSet, options: Optio
 
 def _check_same(path: Path, header: Header) -> None:
     """ConfigError if the file holds predictions of another model, data, prompts or options."""
-    if not path.exists():
-        return
+    if not path.exists() or not path.stat().st_size:
+        return  # a first attempt that wrote no line binds to nothing
     if not header_path(path).exists():
-        raise ConfigError(f"{path} is there without a header, so nobody knows what it is of; give --out another name")
+        raise ConfigError(
+            f"{path} is there without a header, so nobody knows what it is of; "
+            "remove it, or name another file with `swim evaluate predict --out`"
+        )
     old = read_header(path)
     for what, before, now in (
         ("expected ids", old.expected, header.expected),
         ("options", old.protocol, header.protocol),
         *((name, old.provenance.get(name), header.provenance[name]) for name in ("data", "sampling", "system")),
         ("weights", old.provenance["model"]["weights_sha256"], header.provenance["model"]["weights_sha256"]),
+        ("adapter, data type or attention", _how(old), _how(header)),
         ("prompts", old.provenance["prompts_sha256"], header.provenance["prompts_sha256"]),
     ):
         if before != now:
-            raise ConfigError(f"{path} holds predictions with other {what}; give --out another name")
+            raise ConfigError(f"{path} holds predictions with other {what}; remove it, or name another file with --out")
+
+
+def _how(header: Header) -> list[Any]:
+    return [header.provenance["model"].get(name) for name in ("adapter_sha256", "dtype", "attention")]
 
 
 def _default_path(model: Model, shards: ShardSet, options: Options) -> Path:
@@ -242,8 +250,10 @@ def weights_digest(run: Path) -> str:
 
 
 def safetensors_digest(folder: Path) -> str:
-    """SHA-256 over the safetensors in a model folder."""
-    return _sha256(sorted(folder.glob("*.safetensors")))
+    """SHA-256 over the safetensors in a model folder; FileNotFoundError without any."""
+    if not (files := sorted(folder.glob("*.safetensors"))):
+        raise FileNotFoundError(f"{folder}: no *.safetensors in it; save the model with safe_serialization=True")
+    return _sha256(files)
 
 
 def _adapter(model: Path) -> str | None:

@@ -35,11 +35,14 @@ def score(file: PredictionFile, settings: Settings) -> dict[str, Any]:
     """An arm from its answers and the judge's replies; PredictionsError if there are no replies to these answers."""
     path = settings.judge or Path("judge.jsonl")
     pairs = {pair.id: pair for pair in pairs_of(file)}
-    judged = [
-        line
-        for line in read_judged(path, settings.judged_by)
-        if line["arm"] == file.header.name and line["id"] in pairs and line["pair"] == pairs[line["id"]].digest
-    ]
+    # The last of each counts: what failed was asked again.
+    judged = list(
+        {
+            (line["id"], line["repeat"]): line
+            for line in read_judged(path, settings.judged_by)
+            if line["arm"] == file.header.name and line["id"] in pairs and line["pair"] == pairs[line["id"]].digest
+        }.values()
+    )
     replies: dict[str, dict[int, Mapping[str, Any]]] = {}
     for line in judged:
         replies.setdefault(line["id"], {})[line["repeat"]] = line
@@ -81,15 +84,18 @@ def _grade(unit: Unit, replies: Sequence[Mapping[str, Any]], parse: Any) -> None
 
 
 def _about_replies(judged: Sequence[Mapping[str, Any]], units: Sequence[Unit]) -> dict[str, Any]:
-    usage = [line["usage"] or {} for line in judged]
+    usage = [line["usage"] for line in judged if isinstance(line["usage"], dict)]
     spreads = [unit["judge_sd"] for unit in units if unit.get("judge_sd") is not None]
     return {
         "replies": len(judged),
         "errors": sum(line["error"] is not None for line in judged),
         "repeats": max((line["repeat"] + 1 for line in judged), default=0),
         "sd_between_repeats": sum(spreads) / len(spreads) if spreads else None,
-        "prompt_tokens": sum(entry.get("prompt_tokens") or 0 for entry in usage),
-        "completion_tokens": sum(entry.get("completion_tokens") or 0 for entry in usage),
+        **{
+            # A server may say anything here.
+            name: sum(entry[name] for entry in usage if isinstance(entry.get(name), int))
+            for name in ("prompt_tokens", "completion_tokens")
+        },
     }
 
 

@@ -73,12 +73,12 @@ def options_of(options: Sequence[str]) -> dict[str, str]:
 
 
 def parse_official(answer: str) -> str | None:
-    """The letter as the published script reads it: first "(X)", else first "X)", else the first character, so that "The
-    answer is B" is "T"; None for an empty answer, on which the script crashes."""
+    """The letter as the published script reads it: first "(X)", else first "X)", else the first character but for full
+    stops, in upper case, so that "The answer is B" is "T"; None for an empty answer, on which the script crashes."""
     for pattern in (r"\(([A-Z])\)", r"([A-Z])\)"):
         if match := re.search(pattern, answer):
             return match[1]
-    return answer.strip()[:1] or None
+    return answer.replace(".", "")[:1].upper() or None
 
 
 def parse_strict(answer: str, options: Mapping[str, str]) -> str | None:

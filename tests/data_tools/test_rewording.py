@@ -65,6 +65,13 @@ def test_shuffled_options_keep_the_answer_and_change_its_place(seed: int) -> Non
     assert shuffle_options(_asked(mentions=(mention,)), seed, "a#0") == changed
 
 
+def test_a_question_in_the_form_of_an_option_is_none() -> None:
+    asked = "A. Note first.\nQ: Which cup moves?\n(A) red\n(B) blue"
+    assert options_of(asked) == {"A": "red", "B": "blue"}
+    turned = shuffle_options(_asked(asked), 0, "a#0").turns
+    assert (turned[0].text, turned[1].text) == ("A. Note first.\nQ: Which cup moves?\n(A) blue\n(B) red", "(A)")
+
+
 def test_orders_differ_between_questions() -> None:
     assert len({shuffle_options(_asked(), 0, f"a#{i}").turns[0].text for i in range(20)}) == 3
 

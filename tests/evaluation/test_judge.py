@@ -77,6 +77,12 @@ ROBUST = find_profile("robust", None)
         (json.dumps(dict.fromkeys(AXES, True)), [None] * 4, [None] * 4),
         ("", [None] * 4, [None] * 4),
         ("The description is good.", [None] * 4, [None] * 4),
+        (f"<think>Perhaps {grades(0, 0, 0, 0)}?</think>{grades(5, 4, 3, 2)}", [None] * 4, [5, 4, 3, 2]),
+        (grades("5", 4, 3, 2), [None] * 4, [5, 4, 3, 2]),
+        (numbered(5, 4, 3, 2, form="{n}. {name} (0-5): {value}"), [None] * 4, [5, 4, 3, 2]),
+        # A scale is no grade.
+        (numbered(5, 4, 3, 2, form="{name}: 0-5, I give {value}"), [None] * 4, [None] * 4),
+        (numbered(5, 4, 3, 2, form="{name}: 0.5-5, I give {value}"), [None] * 4, [None] * 4),
     ],
 )
 def test_the_official_parser_fails_as_published_and_the_robust_one_recovers(
@@ -165,6 +171,77 @@ def test_a_malformed_reply_is_that_pair_s_failure_alone(body: str, tmp_path: Pat
     assert set(found.values()) == {None}
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"usage": "many"},
+        {"usage": {"prompt_tokens": "12", "completion_tokens": float("nan")}},
+        {"system_fingerprint": "\ud83d"},
+        {"content": "\ud83d" + grades(5, 5, 5, 5)},
+        {"content": '{"subject_correspondence": 1' + "0" * 400 + "}"},
+        {"content": '{"a": ' + "[" * 100_000 + "}"},
+    ],
+    ids=["usage", "tokens", "half a character", "half a character in the text", "huge grade", "deep"],
+)
+def test_whatever_a_server_says_scores_can_be_written(odd: dict[str, Any], tmp_path: Path) -> None:
+    """One strange reply is no reason to lose the others, or to ask for it for ever."""
+
+    def answer(request: dict[str, Any]) -> Answer:
+        if "answer b" not in request["messages"][1]["content"]:
+            return completion(grades(5, 5, 5, 5))
+        status, headers, text = completion(odd.get("content", grades(5, 5, 5, 5)))
+        return status, headers, json.dumps(json.loads(text) | odd)
+
+    ids = ["a#0", "b#0"]
+    path = write_file(
+        tmp_path / "p.jsonl", [_described(id, f"answer {id[0]}") for id in ids], ids, benchmark="videorefer-bench-d",
+        target=TARGET,
+    )  # fmt: skip
+    with serve(answer) as stub:
+        options = ["--judge-url", stub.url, "--judge-model", MODEL, "--judge-attempts", "1"]
+        found = CliRunner().invoke(app, ["evaluate", "score", str(path), *options])
+    assert found.exit_code == 0, (found.output, found.exception)
+    average = json.loads((tmp_path / "results.json").read_text())["run"]["average"]
+    assert average["value"] == (2.5 if "content" in odd else 5)
+
+
+def test_judge_failures_are_said_and_leave_no_trace_once_asked_again(tmp_path: Path) -> None:
+    path = write_file(
+        tmp_path / "p.jsonl", [_described("a#0"), _described("b#0", "x")], ["a#0", "b#0"],
+        benchmark="videorefer-bench-d", target=TARGET,
+    )  # fmt: skip
+    with serve(lambda _: (500, {}, "boom")) as stub:
+        options = ["--judge-url", stub.url, "--judge-model", MODEL, "--judge-attempts", "1"]
+        found = CliRunner().invoke(app, ["evaluate", "score", str(path), *options])
+        assert "2 of 2 replies did not come" in found.output
+        stub.answer = lambda _: completion(grades(5, 5, 5, 5))
+        found = CliRunner().invoke(app, ["evaluate", "score", str(path), *options])
+    assert "did not come" not in found.output
+    results = json.loads((tmp_path / "results.json").read_text())["run"]
+    assert (results["judge"]["replies"], results["judge"]["errors"]) == (2, 0)
+    assert results["parsers"]["robust"]["replies_without_grades"] == 0
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--judge-dry-run"], ["--judge-profile", "official-text"], ["--judge-key-env", "KEY"], ["--judge-param", "a=1"]],
+    ids=lambda option: option[0],
+)
+def test_judge_options_without_a_judge_are_not_ignored(option: list[str], tmp_path: Path) -> None:
+    path = write_file(tmp_path / "p.jsonl", [], ["a#0"], benchmark="videorefer-bench-d")
+    found = CliRunner().invoke(app, ["evaluate", "score", str(path), *option])
+    assert (found.exit_code, "--judge-url is missing" in found.output) == (2, True)
+
+
+def test_the_same_answer_of_a_variant_is_asked_for_once(tmp_path: Path) -> None:
+    with serve(lambda _: completion(grades(5, 5, 5, 5))) as stub:
+        assert judge([*PAIRS, *PAIRS], ROBUST, client(stub, tmp_path), tmp_path / "judge.jsonl") == 4
+        assert (
+            estimate_cost([*PAIRS, *PAIRS], ROBUST, client(stub, tmp_path), tmp_path / "no.jsonl", repeats=1).requests
+            == 4
+        )
+
+
 def _everything(body: Answer | None) -> Callable[[dict[str, Any]], Answer | None]:
     def answer(_: dict[str, Any]) -> Answer | None:
         return body
@@ -239,10 +316,13 @@ def test_the_official_prompt_is_the_users(tmp_path: Path) -> None:
         find_profile("official-text", tmp_path / "bad.txt")
 
 
+TARGET = "A brown cup is lifted."
+
+
 def _described(id: str, answer: str = "A brown cup.") -> dict[str, Any]:
     return {
         "id": id, "clip": id.split("#")[0], "task": "detailed_caption", "prompt": "Describe the cup.",
-        "target": "A brown cup is lifted.", "answer": answer, "nouns": [],
+        "target": TARGET, "answer": answer, "nouns": [],
     }  # fmt: skip
 
 
@@ -253,7 +333,7 @@ def _judged(folder: Path, replies: dict[str, list[str]], profile: Profile) -> di
     """Scores of four described clips, of which one failed and one is missing, with these replies by clip."""
     lines = [_described(f"{clip}#0", f"answer {clip}") for clip in replies]
     lines.append({"id": "d#0", "clip": "d", "error": "decoder: truncated"})
-    file = make_file(lines, IDS, benchmark="videorefer-bench-d")
+    file = make_file(lines, IDS, benchmark="videorefer-bench-d", target=TARGET)
     left = {clip: list(of) for clip, of in replies.items()}
 
     def answer(body: dict[str, Any]) -> Answer:
@@ -306,7 +386,7 @@ def test_repeats_give_a_median_and_a_spread(tmp_path: Path) -> None:
 
 def test_replies_of_two_judges_are_never_mixed(tmp_path: Path) -> None:
     lines = [_described(id) for id in IDS]
-    file, path = make_file(lines, IDS, benchmark="videorefer-bench-d"), tmp_path / "judge.jsonl"
+    file, path = make_file(lines, IDS, benchmark="videorefer-bench-d", target=TARGET), tmp_path / "judge.jsonl"
     with serve(lambda body: completion(grades(*[5 - body["temperature"] * 4] * 4))) as stub:
         cold, warm = (client(stub, tmp_path, params={"temperature": t}) for t in (0, 1))
         for made in (cold, warm, cold):
@@ -320,7 +400,7 @@ def test_replies_of_two_judges_are_never_mixed(tmp_path: Path) -> None:
 
 def test_answers_without_replies_are_refused(tmp_path: Path) -> None:
     _judged(tmp_path, {"a": [grades(1, 1, 1, 1)], "b": [grades(1, 1, 1, 1)], "c": [grades(1, 1, 1, 1)]}, ROBUST)
-    changed = make_file([_described("a#0", "another answer")], ["a#0"], benchmark="videorefer-bench-d")
+    changed = make_file([_described("a#0", "another answer")], ["a#0"], benchmark="videorefer-bench-d", target=TARGET)
     with pytest.raises(PredictionsError, match=r"no reply about 1 of 1 answers .* give --judge-url"):
         score(changed, Settings(judge=tmp_path / "judge.jsonl"))
 
@@ -376,7 +456,7 @@ def _score_command(path: Path, url: str, *more: str) -> list[str]:
 def test_a_judge_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     # All different: what is asked twice is asked once.
     lines = [_described(id, f"A brown cup, {id}.") for id in IDS]
-    path = write_file(tmp_path / "predictions.jsonl", lines, IDS, benchmark="videorefer-bench-d")
+    path = write_file(tmp_path / "predictions.jsonl", lines, IDS, benchmark="videorefer-bench-d", target=TARGET)
     environment = os.environ | {"NO_PROXY": "127.0.0.1"}
 
     def slowly(_: dict[str, Any]) -> Answer:

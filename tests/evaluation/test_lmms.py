@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from swim.evaluation.benchmarks import videorefer_q
 from swim.evaluation.lmms import TASKS, lmms_path, lmms_predictions, predictions_of
 from swim.evaluation.stages import load, score_files
+from swim.train.cli import app as command
 
 LMMS = Path(os.environ.get("SWIM_LMMS_ENV", ROOT / ".venv" / "lmms")) / "bin" / "python"
 OPTIONS = ["(A) a red cup", "(B) it runs.", "(C) it flies", "(D) both"]
@@ -35,6 +36,9 @@ ANSWERS = {
     "A dog": ("A", None),
     "": (None, None),
     "I cannot see": ("I", None),
+    " B": (" ", "B"),
+    "b": ("B", None),
+    ".B": ("B", None),
 }
 
 
@@ -117,9 +121,10 @@ def test_the_folder_is_printed_and_samples_become_predictions(tmp_path):
     unit = {"id": "q1", "video": "clip.mp4", "type": "Basic", "score": 1.0}
     asked = "What?\n" + "\n".join(OPTIONS)
     sample = {"doc_id": 0, "target": "(B)", "filtered_resps": ["B"], "input": asked, "accuracy": unit}
-    other = sample | {"filtered_resps": ["(A)"], "accuracy": unit | {"id": "q2"}}
+    # A line separator ends no line of JSON; lmms-eval writes it as it is.
+    other = sample | {"filtered_resps": ["(A)\u2028"], "accuracy": unit | {"id": "q2"}}
     logged, out = tmp_path / "1_samples_videorefer_bench_q.jsonl", tmp_path / "p.jsonl"
-    logged.write_text(json.dumps(sample) + "\n" + json.dumps(other) + "\n")
+    logged.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in (sample, other)), encoding="utf-8")
     said = CliRunner().invoke(app, ["lmms-predictions", str(logged), "--out", str(out)])
     assert said.output.startswith("2 predictions for videorefer-bench-q")
     line = {"id": "clip.mp4#q1", "clip": "clip.mp4", "task": "Basic", "prompt": asked, "target": "(B)", "answer": "B"}
@@ -129,6 +134,10 @@ def test_the_folder_is_printed_and_samples_become_predictions(tmp_path):
     (tmp_path / "samples.jsonl").write_text(json.dumps({"filtered_resps": [], "accuracy": 1.0}) + "\n")
     with pytest.raises(ValueError, match=r"samples.jsonl:1: no id and video"):
         list(predictions_of(tmp_path / "samples.jsonl"))
+    said = CliRunner().invoke(
+        command, ["evaluate", "lmms-predictions", str(tmp_path / "samples.jsonl"), "--out", str(out)]
+    )
+    assert (said.exit_code, said.output.count("\n")) == (2, 1), "one message, no traceback"
 
 
 needs_lmms = pytest.mark.skipif(

@@ -112,6 +112,7 @@ def test_predictions_of_other_ids_are_refused(lines: Lines) -> None:
     [
         ({"clip": "b"}, {}, "does not belong"),
         ({"answer": None}, {}, "must be strings"),
+        ({"target": "up", "answer": "up"}, {}, "of other data"),
         ({}, {"map": [[0.5, 0.5]]}, "expected"),
         ({}, {"map": "no"}, "could not convert"),
         ({}, {"map": [[[10**400]]]}, "too large"),
@@ -172,6 +173,19 @@ def test_details_that_cannot_be_read_cost_only_themselves(detail: Any, lines: Li
     assert len(got["coverage"]["broken_details"]) == 1
     assert got["pointing"] == want["pointing"]
     assert "by_layer" not in got
+
+
+def test_odd_types_cost_their_line_at_most(lines: Lines) -> None:
+    odd = lines()
+    odd[1]["nouns"][0]["object_ids"] = [[1], {}]
+    odd[0], odd[2] = ({"id": odd[i]["id"], "clip": odd[i]["clip"], "error": "x", "task": [1]} for i in (0, 2))
+    got = score(odd, expected_ids=IDS)
+    assert {k: got["coverage"][k] for k in ("scored", "failed", "unparsed")} == {
+        "scored": 2,
+        "failed": 2,
+        "unparsed": 0,
+    }
+    assert set(got["accuracy_by_task"]) == {"direction", "colour"}
 
 
 def test_half_a_character_costs_its_line_only(tmp_path: Path, lines: Lines) -> None:

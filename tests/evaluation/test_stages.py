@@ -5,15 +5,18 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evaluation_lines import header, write_file
 from processes import ROOT
+from typer.testing import CliRunner
 
-from swim.evaluation.predictions import PredictionsError, header_path, read_header, write_header
+from swim.evaluation.predictions import Expected, PredictionsError, header_path, read_header, write_header
 from swim.evaluation.stages import _judge_of, load, score_files
+from swim.train.cli import app
 
 GOLDEN = Path(__file__).parent / "golden"
 SCORES = json.loads((GOLDEN / "scores.json").read_text())
@@ -182,6 +185,21 @@ def test_two_arms_are_compared_by_clip(tmp_path: Path, line: Any, noun: Any) -> 
         score_files([load(base, benchmark="mevis")], tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change", [{"provenance": {"data": {"sha256": "2" * 64}}}, {"expected": (Expected("a#0", "a", "direction", "up"),)}]
+)
+def test_arms_of_other_data_with_the_same_ids_are_not_compared(
+    change: dict[str, Any], tmp_path: Path, line: Any, noun: Any
+) -> None:
+    own = [line("a#0", [noun("o0", 0, 0)])]
+    base, other = (write_file(tmp_path / f"{name}.jsonl", own, ["a#0"], name=name) for name in ("base", "other"))
+    write_header(base, replace(read_header(base), provenance={"data": {"sha256": "1" * 64}}))
+    score_files([load(base), load(other)], tmp_path / "out")
+    write_header(other, replace(read_header(other), **change))
+    with pytest.raises(PredictionsError, match="predicted on different data"):
+        score_files([load(base), load(other)], tmp_path / "out")
+
+
 def test_a_header_is_needed_and_checked(tmp_path: Path) -> None:
     path = write_file(tmp_path / "p.jsonl", [], ["a#0"])
     assert read_header(path) == header(["a#0"])
@@ -199,3 +217,44 @@ def test_a_header_is_needed_and_checked(tmp_path: Path) -> None:
     header_path(path).unlink()
     with pytest.raises(PredictionsError, match="--expected"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"name": 5}, "must be strings"),
+        ({"name": ""}, "must be strings"),
+        ({"expected": [{"id": "a#0", "clip": "a", "task": None}]}, "must be strings"),
+        ({"provenance": None}, "must be objects"),
+        ({"protocol": []}, "must be objects"),
+        ({"provenance": {"figures": {"seconds": float("nan")}}}, "finite numbers"),
+        (b'{"name": "\xe9"}', "not the header"),
+    ],
+)
+def test_a_header_of_other_types_is_one_message_with_the_file(change: Any, problem: str, tmp_path: Path) -> None:
+    path = write_file(tmp_path / "p.jsonl", [], ["a#0"])
+    whole = json.loads(header_path(path).read_text())
+    header_path(path).write_bytes(change if isinstance(change, bytes) else json.dumps(whole | change).encode())
+    found = CliRunner().invoke(app, ["evaluate", "score", str(path), "--out", str(tmp_path / "out")])
+    assert (found.exit_code, found.output.count("\n")) == (2, 1)
+    assert problem in found.output
+    assert str(path.with_suffix("")) in found.output
+
+
+def test_a_name_is_shown_as_it_is_and_figures_replace_no_metric(tmp_path: Path, line: Any, noun: Any) -> None:
+    path = write_file(tmp_path / "p.jsonl", [line("a#0", [noun("o1", 1, 1)])], ["a#0"], name="run[/b]")
+    own = replace(read_header(path), provenance={"figures": {"seconds": 3, "accuracy": 5}})
+    write_header(path, own)
+    found = CliRunner().invoke(app, ["evaluate", "score", str(path)])
+    assert found.exit_code == 0, found.output
+    assert "│ run[/b] " in found.output.replace("┃", "│")
+    results = json.loads((tmp_path / "results.json").read_text())["run[/b]"]
+    assert (results["seconds"], results["accuracy"]["value"]) == (3, 1.0)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"protocol": '])
+def test_a_report_of_something_else_says_which_file_it_is(text: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(text)
+    found = CliRunner().invoke(app, ["evaluate", "report", str(tmp_path)])
+    assert found.exit_code == 2
+    assert found.output.startswith(f"error: {tmp_path / 'results.json'}: not what")

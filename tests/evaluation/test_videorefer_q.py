@@ -68,7 +68,7 @@ TASKS = {"c#0": "multiple_choice: Basic", "c#1": "multiple_choice: Basic"}
 
 
 def test_micro_and_macro_averages_count_what_failed() -> None:
-    got = score(make_file(LINES, IDS, benchmark="videorefer-bench-q", tasks=TASKS), Settings(resamples=50))
+    got = score(make_file(LINES, IDS, benchmark="videorefer-bench-q", tasks=TASKS, target=""), Settings(resamples=50))
     assert got["accuracy"]["value"] == pytest.approx(2 / 7)
     assert got["accuracy"]["value_scored_only"] == pytest.approx(2 / 5)
     assert got["accuracy_strict"]["value"] == pytest.approx(3 / 7)
@@ -86,7 +86,7 @@ def test_micro_and_macro_averages_count_what_failed() -> None:
 
 
 def test_a_target_that_is_no_letter_is_said_not_guessed() -> None:
-    got = score(make_file([_question("a#0", "(B)", "the blue one")], ["a#0"]), Settings())
+    got = score(make_file([_question("a#0", "(B)", "the blue one")], ["a#0"], target=""), Settings())
     assert got["coverage"]["unparsed"] == 1
     assert "names no option" in got["failures"][0]["reason"]
 
@@ -101,7 +101,7 @@ def test_consistency_compares_what_was_chosen_not_its_letter() -> None:
         _question("b#0", "no idea", "(A)", order="BACD"),
     ]
     settings = Settings(resamples=50)
-    arm, variant = (score(make_file(lines, ids), settings) for lines in (plain, shuffled))
+    arm, variant = (score(make_file(lines, ids, target=""), settings) for lines in (plain, shuffled))
     found = compare_variant(arm, variant, SCORED, settings)
     assert found["consistency"]["value"] == 0.25
     assert found["difference"]["accuracy"]["value"] == pytest.approx(1 / 4 - 1)

@@ -25,7 +25,7 @@ from swim.evaluation.predictions import parse_prediction, read_header, read_line
 from swim.evaluation.scores import Settings
 from swim.evaluation.stages import load, score_files
 from swim.train.config import ConfigError
-from swim.train.predict import Options, find_model, predict, reword
+from swim.train.predict import Options, find_model, predict, reword, safetensors_digest
 from swim.train.system import Request, View, build_system
 
 QUICK = Options(max_new_tokens=2)  # a model that was never trained says as much as it may
@@ -111,13 +111,22 @@ def test_predictions_of_something_else_are_not_added_to(run_folder, shards, tmp_
     shallow = find_model(run_folder / "model", "tiny_cpu", ["system.layers=[0]", *DEEP[1:]])
     with pytest.raises(ConfigError, match="with other system"):
         predict(shallow, shards.folder, options=QUICK, out=out)
-    changed = replace(find_model(run_folder), weights="0" * 64)
+    own = find_model(run_folder)
+    coarse_model = own.config.model.model_copy(update={"dtype": "bfloat16"})
+    coarse = replace(own, config=own.config.model_copy(update={"model": coarse_model}))
+    with pytest.raises(ConfigError, match="with other adapter, data type or attention"):
+        predict(coarse, shards.folder, options=QUICK, out=out)
+    changed = replace(own, weights="0" * 64)
     with pytest.raises(ConfigError, match="with other weights"):
         predict(changed, shards.folder, options=QUICK, out=out)
     assert out.read_bytes() == before
     out.with_suffix(".meta.json").unlink()
     with pytest.raises(ConfigError, match="without a header"):
         predict(run_folder, shards.folder, options=QUICK, out=out)
+    out.write_bytes(b"")  # an attempt that ended before its first line
+    assert predict(run_folder, shards.folder, options=QUICK, out=out)[0].read_bytes() == before
+    with pytest.raises(FileNotFoundError, match=r"no \*.safetensors in it"):
+        safetensors_digest(tmp_path)
 
 
 def test_a_killed_prediction_goes_on(run_folder, tmp_path):
