@@ -33,12 +33,13 @@ class PredictionsError(ValueError):
 
 @dataclass(frozen=True)
 class Expected:
-    """An id that is to be predicted, and what is known about it before."""
+    """An id that is to be predicted, and what is known about it before: `nouns` that should have a map among it."""
 
     id: str
     clip: str
     task: str = "unknown"
     target: str = ""
+    nouns: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,12 @@ def read_header(predictions: Path, path: Path | None = None) -> Header:
         if len({entry.id for entry in expected}) < len(expected):
             raise PredictionsError(f"{path}: an expected id is listed twice; list each once")
         header = Header(found["name"], found["benchmark"], expected, found["protocol"], found["provenance"])
-        texts = [header.name, header.benchmark, *(text for entry in expected for text in asdict(entry).values())]
+        texts = [header.name, header.benchmark]
+        texts += [text for entry in expected for text in (entry.id, entry.clip, entry.task, entry.target)]
         if not all(isinstance(text, str) for text in texts) or not header.name:
-            raise TypeError("name, benchmark, and what is in `expected` must be strings, the name not empty")
+            raise TypeError("name, benchmark, and texts in `expected` must be strings, the name not empty")
+        if not all(isinstance(entry.nouns, int) and entry.nouns >= 0 for entry in expected):
+            raise TypeError("`nouns` in `expected` must be numbers from 0")
         if not isinstance(header.protocol, dict) or not isinstance(header.provenance, dict):
             raise TypeError("protocol and provenance must be objects")
         return header

@@ -16,9 +16,10 @@ def header(
     benchmark: str = "alignment-grid",
     tasks: Mapping[str, str] | None = None,
     target: str = "left",
+    nouns: int = 0,
 ) -> Header:
-    """A header that expects these ids, of task `direction` and target `left` unless told."""
-    expected = tuple(Expected(id, clip_of(id), (tasks or {}).get(id, "direction"), target) for id in ids)
+    """A header that expects these ids, of task `direction` and target `left` unless told, with so many nouns each."""
+    expected = tuple(Expected(id, clip_of(id), (tasks or {}).get(id, "direction"), target, nouns) for id in ids)
     return Header(name, benchmark, expected, {}, {})
 
 

@@ -7,12 +7,12 @@ rank). The sum of this rank's master weights behind every step goes into RUN/wei
 import json
 import os
 import sys
+from dataclasses import replace
 
 import torch
 
 from swim.train import loop
 from swim.train.__main__ import _leave, main
-from swim.train.system import Term
 from swim.train.systems.swim.model import SwimSystem
 
 FAULTS = {int(step): fault for step, fault in json.loads(sys.argv[1]).items()}
@@ -23,13 +23,13 @@ def faulty_loss(self, model, batch, progress):
     terms = plain_loss(self, model, batch, progress)
     match FAULTS.get(progress.step):
         case "nan_loss" if LAST:
-            terms["text"] = Term(terms["text"].sum * float("nan"), terms["text"].weight)
+            terms["text"] = replace(terms["text"], sum=terms["text"].sum * float("nan"))
         case "nan_gradient" if LAST:
             # The loss stays what it is; the root of zero has no finite slope.
             root = (terms["text"].sum * 0).sqrt()
-            terms["text"] = Term(terms["text"].sum + root, terms["text"].weight)
+            terms["text"] = replace(terms["text"], sum=terms["text"].sum + root)
         case float() | int() as factor:
-            terms["text"] = Term(terms["text"].sum * factor, terms["text"].weight)
+            terms["text"] = replace(terms["text"], sum=terms["text"].sum * factor)
     return terms
 
 

@@ -183,7 +183,8 @@ def make_header(model: Model, data: str | Path, shards: ShardSet, options: Optio
             conversation = sample.record.conversations[i]
             turns = [turn.text for turn in conversation.turns]
             prompts.update(json.dumps([key, i, turns]).encode())
-            expected.append(Expected(f"{key}#{i}", key, conversation.task, turns[-1]))
+            nouns = _count_nouns(conversation) if sample.record.media else 0
+            expected.append(Expected(f"{key}#{i}", key, conversation.task, turns[-1], nouns))
     provenance = {
         "model": {
             "path": str(model.path),
@@ -206,6 +207,13 @@ def make_header(model: Model, data: str | Path, shards: ShardSet, options: Optio
         "figures": model.figures,
     }  # fmt: skip
     return Header(model.name, options.benchmark, tuple(expected), options.describe(), _plain(provenance))
+
+
+def _count_nouns(conversation: Conversation) -> int:
+    """Nouns that see the clip, which stands at the head of the first user turn."""
+    roles = [turn.role for turn in conversation.turns]
+    behind = conversation.turns[roles.index("user") :] if "user" in roles else []
+    return sum(mention.kind == "noun" and bool(mention.object_ids) for turn in behind for mention in turn.mentions)
 
 
 def _check_same(path: Path, header: Header) -> None:

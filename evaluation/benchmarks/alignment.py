@@ -112,10 +112,12 @@ def _read_details(lines: Sequence[Prediction]) -> _Details:
 
 def _unit(expected: Expected, line: Prediction, clip_nouns: Sequence[Noun]) -> Unit:
     nouns = [_noun(noun, clip_nouns) for noun in line.nouns]
-    unit = make_unit(expected, line, nouns=nouns, unsaid=list(line.unsaid))
+    # Else a line could raise its mean by leaving out what it is bad at.
+    lacking = max(expected.nouns - len(nouns) - len(line.unsaid), 0) if line.status == "scored" else 0
+    unit = make_unit(expected, line, nouns=nouns, unsaid=list(line.unsaid), lacking_nouns=lacking)
     correct = is_correct(line.answer, unit["target"])
     unit["values"] = {"accuracy": float(correct)} if line.status == "scored" else {}
-    rows = [noun["metrics"] for noun in nouns if noun["metrics"]] + [dict(WORST)] * len(line.unsaid)
+    rows = [noun["metrics"] for noun in nouns if noun["metrics"]] + [dict(WORST)] * (len(line.unsaid) + lacking)
     unit["values"] |= mean_metrics(rows, METRICS) or {}
     unit["prevalences"] = mean_metrics([noun["metrics"] for noun in nouns if noun["metrics"]], PREVALENCES)
     for baseline in BASELINES:
@@ -152,6 +154,7 @@ def _coverage(units: Sequence[Unit]) -> dict[str, Any]:
         "annotated_clips": len({unit["clip"] for unit in units if unit["prevalences"]}),
         "nouns": len(nouns),
         "unsaid_nouns": sum(len(unit["unsaid"]) for unit in units),
+        "lacking_nouns": sum(unit["lacking_nouns"] for unit in units),
         "steps": {kind: sum(noun["steps"][kind] for noun in nouns) for kind in ("scored", "absent", "unannotated")},
     }
 

@@ -21,8 +21,8 @@ IDS = ["a#0", "a#1", "b#0", "c#0"]
 Lines = Callable[..., list[dict[str, Any]]]
 
 
-def score(lines: Any, expected_ids: list[str]) -> dict[str, Any]:
-    return score_file(make_file(lines, expected_ids), Settings())
+def score(lines: Any, expected_ids: list[str], **options: Any) -> dict[str, Any]:
+    return score_file(make_file(lines, expected_ids, **options), Settings())
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_scores_of_a_complete_run(lines: Lines) -> None:
     assert got["coverage"] == {
         "expected": 4, "predicted": 4, "scored": 4, "failed": 0, "missing": 0, "clips": 3, "annotated_clips": 3,
         "nouns": 5, "steps": {"scored": 10, "absent": 0, "unannotated": 0}, "unparsed": 0, "unsaid_nouns": 0,
-        "duplicate_lines": 0, "broken_lines": [], "broken_details": [],
+        "lacking_nouns": 0, "duplicate_lines": 0, "broken_lines": [], "broken_details": [],
     }  # fmt: skip
 
 
@@ -205,6 +205,20 @@ def test_a_noun_that_the_answer_lacks_counts_worst(lines: Lines) -> None:
     a0 = got["units"][0]["values"]
     assert a0["pointing"] == 0.5
     assert a0["kl"] == pytest.approx((score(lines(), expected_ids=IDS)["units"][0]["values"]["kl"] + WORST["kl"]) / 2)
+
+
+def test_leaving_out_nouns_raises_no_mean(lines: Lines) -> None:
+    """Deleting what a model is bad at must not pay."""
+    whole = score(lines(), expected_ids=IDS, nouns=1)
+    assert whole["coverage"]["lacking_nouns"] == 0
+    without = lines()
+    removed = len(without[0].pop("nouns"))
+    assert removed
+    without[0]["nouns"] = []
+    got = score(without, expected_ids=IDS, nouns=1)
+    assert got["coverage"]["lacking_nouns"] == 1
+    assert got["units"][0]["values"] == {"accuracy": whole["units"][0]["values"]["accuracy"]} | dict(WORST)
+    assert got["ap"]["value"] < whole["ap"]["value"]
 
 
 def test_write_results_compares_the_arms_and_dumps_every_id(tmp_path: Path, lines: Lines) -> None:
