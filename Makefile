@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: env demo demo-short test test-all test-slurm lint bench bench-report format docs scaling kernel-resources demo-seeds
-.PHONY: energon-env lmms-env ablations ablations-ci first-run explain-page clean
+.PHONY: energon-env lmms-env ablations ablations-ci first-run test-more explain-page clean
 
 env: $(STAMP)
 
@@ -100,6 +100,10 @@ ablations: env
 # The commands of docs/first_run.md, and whether they print what it says.
 first-run: env
 	$(BIN)/python -m pytest -q -m slow tests/test_first_run.py
+
+# Slow tests whose promises no quick one guards: DeepSpeed's other profiles on four ranks, the stock Trainer.
+test-more: env
+	$(BIN)/python -m pytest -q -m slow tests/train/test_profiles.py tests/test_examples.py -k "not own_adam"
 
 ablations-ci: env
 	PYTHONPATH=. $(BIN)/python benchmarks/ablations.py --preset ci --out runs/ablations-ci

@@ -42,6 +42,7 @@ def test_both_ways_out_give_the_same_gradient(reentrant_example):
         assert math.isclose(gradient, other_gradient, rel_tol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_stock_trainer_binds_nouns(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert sum(1 for _ in (EXAMPLES / "hf_trainer.py").open()) < 80

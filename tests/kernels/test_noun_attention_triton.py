@@ -108,7 +108,7 @@ def test_interpreted_any_rows_and_keys(scope):
     st = hypothesis.strategies
 
     @hypothesis.settings(
-        max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=2, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
     )
     @hypothesis.given(st.data(), st.sampled_from([(1024, 16), (32, 16), (32, 2)]))
     def check(data, limits):

@@ -77,8 +77,8 @@ def from_base(mixed: Path) -> list[str]:
     [
         ("base", ()),
         ("base", ("data.packed=true", "model.checkpointing=true")),
-        ("qwen2_vl", ("system.layers=[0, 2]",)),
-        ("qwen3_vl", ("system.layers=[0, 2]",)),
+        pytest.param("qwen2_vl", ("system.layers=[0, 2]",), marks=pytest.mark.slow),
+        pytest.param("qwen3_vl", ("system.layers=[0, 2]",), marks=pytest.mark.slow),
     ],
     ids=["shared", "packed-checkpointed", "qwen2_vl", "qwen3_vl"],
 )

@@ -25,7 +25,7 @@ def deepspeed() -> list[str]:
     ("command", "ranks"),
     [
         (["bash", str(LAUNCHER)], 2),
-        ([str(LAUNCHER)], 2),
+        pytest.param([str(LAUNCHER)], 2, marks=pytest.mark.slow),  # the same bash, found by the kernel
         ([*deepspeed(), str(LAUNCHER)], 1),
         ([*deepspeed(), "--num_gpus", "2", "--no_python", str(LAUNCHER)], 2),
     ],

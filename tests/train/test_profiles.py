@@ -99,6 +99,7 @@ def profiles(tmp_path_factory):
     return ranks(tmp_path_factory.mktemp("profiles"), [name for name in PROFILES if name != "offload_compiled"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in PROFILES if name != "offload_compiled"])
 def test_a_profile_trains_is_refused_and_resumes_as_plain_zero3(profiles, name):
     check(profiles, name, 0 if name in ("hpz", "offload_all", "offload_optimizer") else 1e-6)
