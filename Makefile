@@ -101,9 +101,10 @@ ablations: env
 first-run: env
 	$(BIN)/python -m pytest -q -m slow tests/test_first_run.py
 
-# Slow tests whose promises no quick one guards: DeepSpeed's other profiles on four ranks, the stock Trainer.
+# Slow tests whose promises no quick one guards: DeepSpeed's other profiles on four ranks, the stock Trainer, footage.
 test-more: env
-	$(BIN)/python -m pytest -q -m slow tests/train/test_profiles.py tests/test_examples.py -k "not own_adam"
+	$(BIN)/python -m pytest -q -m slow tests/train/test_profiles.py tests/test_examples.py tests/train/test_footage.py \
+		-k "not own_adam"
 
 ablations-ci: env
 	PYTHONPATH=. $(BIN)/python benchmarks/ablations.py --preset ci --out runs/ablations-ci

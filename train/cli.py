@@ -149,7 +149,6 @@ def predict(
     from swim.train.predict import Options, check_keep, find_model
     from swim.train.predict import predict as predict_ids
 
-    found = find_model(model, recipe, overrides or ())
     options = Options(
         benchmark=benchmark,
         keep=check_keep(keep or ()),
@@ -159,6 +158,7 @@ def predict(
         shuffle_options=shuffle_options,
         max_new_tokens=max_new_tokens,
     )
+    found = find_model(model, recipe, overrides or ())
     path, ids = predict_ids(replace(found, name=name or found.name), data, options=options, out=out)
     print(f"{len(ids)} ids: {path}")
 

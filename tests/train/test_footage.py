@@ -30,6 +30,7 @@ def footage_root():
     return ROOT
 
 
+@pytest.mark.slow
 def test_footage_trains_and_reports(tmp_path):
     source = footage_dir()
     nl_refer = str(source / "nl_refer_footage.json")

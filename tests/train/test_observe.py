@@ -1,6 +1,7 @@
 """Promise: what a run says about itself is true, is said once, and changes nothing in the run."""
 
 import json
+import re
 import sys
 import time
 from dataclasses import replace
@@ -17,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from swim.data_tools.shards import ShardSet
 from swim.evaluation.alignment import METRICS, PREVALENCES
-from swim.evaluation.scores import score
+from swim.evaluation.benchmarks.alignment import score
+from swim.evaluation.predictions import Expected, Header, read_lines
+from swim.evaluation.scores import PredictionFile, Settings
 from swim.train.config import Config, ConfigError, LogConfig, load_config
 from swim.train.doctor_run import check_run
 from swim.train.flops import StepFlops, peak_flops
@@ -232,7 +235,8 @@ def test_a_resumed_run_goes_on_under_its_id_of_weights_and_biases(tmp_path, monk
     name = (config.run.folder / "wandb_id.txt").read_text()
     parts = sorted(path.name for path in (config.run.folder / "wandb").glob("offline-run-*"))
     assert parts
-    assert all(part.endswith(f"-{name}") for part in parts)
+    # Two parts of one second are told apart by a number behind the id.
+    assert all(re.fullmatch(rf"offline-run-\w+-{name}(-\d+)?", part) for part in parts)
 
 
 def test_a_sink_that_fails_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
@@ -273,7 +277,9 @@ def test_the_probe_measures_what_evaluation_does(shards):
     assert system.probe(model, system.probe_collator([])) == {}, "a dummy pack counts nothing"
     found = summarise([(dict(list(rows.items())[:3]), 0), (dict(list(rows.items())[3:]), 2)])
     lines = [line for request in requests(shards, [0, 1, 2, 3]) for line in system.predict(model, request)]
-    wanted = score(lines, expected_ids=[line["id"] for line in lines], resamples=2)
+    expected = tuple(Expected(line["id"], line["clip"], line["task"], line["target"]) for line in lines)
+    file = PredictionFile(Header("probe", "alignment-grid", expected), read_lines(lines))
+    wanted = score(file, Settings(resamples=2))
     for name in (*METRICS, *PREVALENCES):
         assert found[f"probe/{name}"] == pytest.approx(wanted[name]["value"], abs=2e-5), name
     assert (found["probe/clips"], found["probe/holes"]) == (4, 2)
