@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from footage import footage_dir
 from processes import environment, metrics, run
 
