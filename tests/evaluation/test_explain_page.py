@@ -81,6 +81,11 @@ def test_cells_are_wrong_by_no_more_than_the_page_says() -> None:
     assert unpack(*pack(np.zeros((1, 3), np.float32))).tolist() == [[0, 0, 0]]
 
 
+def test_the_page_in_docs_has_the_script_of_today() -> None:
+    """It is generated (`make explain-page`): a change of the script must reach it."""
+    assert (ROOT / "evaluation" / "explain.js").read_text().strip() in (ROOT / "docs" / "explain.html").read_text()
+
+
 def test_wrong_maps_are_refused(film: Film, tmp_path: Path) -> None:
     for wrong, problem in ((replace(view(), heads=(0,)), "words need"), (replace(view(), frames=[[1]]), "2 steps")):
         with pytest.raises(ValueError, match=problem):
