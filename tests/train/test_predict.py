@@ -72,6 +72,9 @@ def test_the_header_says_what_was_predicted(run_folder, shards):
     assert {entry.task for entry in header.expected} >= {"direction"}
     conversation = shards.read(0).record.conversations[0]
     assert header.expected[0].target == conversation.turns[-1].text
+    counted = {entry.id: entry.nouns for entry in header.expected}
+    assert counted == {name: len(line.nouns) for name, line in lines_of(path).items()}, "else omissions go unseen"
+    assert max(counted.values()) > 0
     about = header.provenance
     assert about["data"]["sha256"] == shards.digest
     assert about["model"]["dtype"] == "float32"
